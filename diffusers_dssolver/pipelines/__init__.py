@@ -1,0 +1,5 @@
+"""Pipelines that diffusers lacks."""
+
+from .pipeline_sit import SiTPipeline
+
+__all__ = ["SiTPipeline"]

@@ -1,0 +1,59 @@
+"""The one step that every solver of this project takes, and a whole run of it. Stateless and differentiable.
+
+Paper: Eq. (16) (flow) and Eq. (19) (vp), arXiv 2505.21114.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from torch import Tensor
+
+Scalar = float | Tensor
+
+
+def step(x: Tensor, history: Sequence[Tensor], row: Sequence[Scalar], a: Scalar, b: Scalar) -> Tensor:
+    """x_next = a x + b * sum_j row_j d_j.
+
+    Args:
+        x: state at the current node, any shape.
+        history: the model quantities d_0 .. d_i, newest last, each of the shape of x.
+        row: their weights c_i0 .. c_ii, as many; numbers or 0-dim tensors (then the result is differentiable in them).
+        a, b: the two factors of the path for this step (`paths.Path.transition`).
+
+    Returns:
+        The state at the next node, of the shape and dtype of x.
+
+    Raises:
+        ValueError: if row and history differ in length.
+    """
+    if len(row) != len(history):
+        raise ValueError(f"a row of {len(row)} weights for a history of {len(history)}; they must be as many")
+    total = a * x
+    for weight, d in zip(row, history, strict=True):
+        if not (isinstance(weight, float) and weight == 0.0):
+            total = total + (b * weight) * d
+    return total
+
+
+def rollout(
+    evaluate: Callable[[Tensor, Scalar], Tensor],
+    x: Tensor,
+    timesteps: Sequence[Scalar],
+    transitions: Iterable[tuple[Scalar, Scalar]],
+    coefficients: Sequence[Sequence[Scalar]],
+) -> list[Tensor]:
+    """All N+1 states of one run.
+
+    Args:
+        evaluate: (x, timestep) -> d, the model quantity that is integrated; called N times.
+        x: state at the first node.
+        timesteps: N times to evaluate at.
+        transitions: N pairs (A_i, B_i).
+        coefficients: N rows, row i of i+1 weights.
+    """
+    states, history = [x], []
+    for t, (a, b), row in zip(timesteps, transitions, coefficients, strict=True):
+        history.append(evaluate(states[-1], t))
+        states.append(step(states[-1], history, row, a, b))
+    return states

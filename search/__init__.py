@@ -1,0 +1,1 @@
+"""Search solvers for diffusers pipelines: `accelerate launch -m dssolver_search search ...`."""

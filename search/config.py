@@ -1,0 +1,194 @@
+"""Typed settings of the commands: a TOML recipe, then `--key value` over it. Unknown keys are errors."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+METHODS = ("closed_form", "paper")
+T = TypeVar("T", bound="ModelConfig")
+
+
+def option(help: str, **kwargs: Any) -> Any:
+    """A dataclass field with its help text."""
+    return field(metadata={"help": help}, **kwargs)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model and how it is run; what `search` and `compare` share."""
+
+    pretrained_model_name_or_path: str = option("pipeline, Hub id or folder", default="")
+    output_dir: str = option("folder for the results", default="")
+    nfe: list[int] = option("network calls", default_factory=lambda: [5, 8])
+    guidance_scale: float | None = option("the guidance of the run, passed to the pipeline", default=None)
+    call: dict[str, Any] = option("more arguments of the pipeline's call, as JSON", default_factory=dict)
+    prompts_file: str | None = option("text file, one prompt per line", default=None)
+    revision: str | None = option("revision of the model", default=None)
+    torch_dtype: str = option("float32, bfloat16 or float16", default="float32")
+    seed: int = option("of all noise", default=0)
+    batch_size: int = option("samples per pipeline call and process where they need not run together", default=64)
+
+    def __post_init__(self) -> None:
+        for name in ("pretrained_model_name_or_path", "output_dir"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is missing; give --{name}")
+        _require(self, "nfe", bool(self.nfe) and all(1 <= n <= 1000 for n in self.nfe), "whole numbers from 1 to 1000")
+        _require(
+            self, "torch_dtype", self.torch_dtype in ("float32", "bfloat16", "float16"), "float32, bfloat16 or float16"
+        )
+        _require(self, "batch_size", self.batch_size >= 1, "1 or more")
+
+    @property
+    def call_arguments(self) -> dict[str, Any]:
+        guidance = {} if self.guidance_scale is None else {"guidance_scale": self.guidance_scale}
+        return {**guidance, **self.call}
+
+
+@dataclass(frozen=True)
+class SearchConfig(ModelConfig):
+    """Settings of `search`."""
+
+    method: str = option("closed_form (forward evaluations only) or paper (Algorithm 1 and 2)", default="closed_form")
+    num_train_samples: int = option("closed_form: samples that rows are fitted to", default=32)
+    num_validation_samples: int = option("held-out samples that choose between candidates", default=32)
+    teacher_steps: int = option("steps of the reference", default=200)
+    teacher_order: int = option("order of the reference, 1 to 3", default=3)
+    trials: int = option("closed_form: warps tried per NFE", default=60)
+    ridge: float = option("closed_form: pull of each row towards the classical one", default=1e-4)
+    fill_nfe: list[int] = option(
+        "closed_form: other step counts that get a table, first and last", default_factory=lambda: [3, 20]
+    )
+    num_generated_samples: int = option("paper: samples generated during the search", default=50_000)
+    train_batch_size: int = option("paper: samples per update, over all processes", default=32)
+    learning_rate: float = option("paper: of Lion, constant", default=1e-2)
+    reference_steps: int = option("paper: Euler (DDIM) steps of the reference", default=100)
+    validation_steps: int = option("paper: updates between held-out checks", default=10)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self, "method", self.method in METHODS, " or ".join(METHODS))
+        _require(self, "teacher_order", self.teacher_order in (1, 2, 3), "1, 2 or 3")
+        _require(self, "ridge", self.ridge > 0, "above 0")
+        _require(self, "learning_rate", self.learning_rate > 0, "above 0")
+        _require(
+            self,
+            "fill_nfe",
+            self.fill_nfe == [] or (len(self.fill_nfe) == 2 and 1 <= self.fill_nfe[0] <= self.fill_nfe[1] <= 1000),
+            "first and last step count, or nothing",
+        )
+        _require(self, "teacher_steps", self.teacher_steps > max(self.nfe), "more than the largest NFE")
+        for name in (
+            "num_train_samples",
+            "num_validation_samples",
+            "trials",
+            "num_generated_samples",
+            "train_batch_size",
+            "reference_steps",
+            "validation_steps",
+        ):
+            _require(self, name, getattr(self, name) >= 1, "1 or more")
+
+
+@dataclass(frozen=True)
+class CompareConfig(ModelConfig):
+    """Settings of `compare`."""
+
+    solver: list[str] = option("searched solvers: folders, Hub ids or published names", default_factory=list)
+    schedulers: list[str] = option(
+        "diffusers' own", default_factory=lambda: ["unipc", "dpmpp_2m", "dpmpp_3m", "deis", "heun", "euler"]
+    )
+    num_samples: int = option("test samples, none of them seen by a search", default=64)
+    reference_steps: int = option("steps of the converged reference", default=400)
+    num_pictures: int = option("samples per cell of the picture", default=6)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("num_samples", "reference_steps", "num_pictures"):
+            _require(self, name, getattr(self, name) >= 1, "1 or more")
+
+
+def parse(cls: type[T], argv: Sequence[str], prog: str) -> T:
+    """Settings from `--config recipe.toml` and `--key value` arguments, the latter winning.
+
+    Raises:
+        ValueError: naming the file, key or value at fault.
+    """
+    hints = typing.get_type_hints(cls)
+    parser = argparse.ArgumentParser(prog=prog, description=cls.__doc__, allow_abbrev=False)
+    parser.add_argument("--config", help="TOML recipe with these keys")
+    for entry in dataclasses.fields(cls):
+        default = entry.default if entry.default is not dataclasses.MISSING else "see recipe"
+        if entry.default_factory is not dataclasses.MISSING:
+            default = entry.default_factory()
+        many = typing.get_origin(hints[entry.name]) is list
+        text = f"{entry.metadata['help']} (default: {default!r})".replace("%", "%%")
+        parser.add_argument(f"--{entry.name}", nargs="*" if many else None, help=text, default=argparse.SUPPRESS)
+    given = vars(parser.parse_args(list(argv)))
+    recipe = _read_recipe(given.pop("config", None))
+    values = {**recipe, **{k: _from_text(k, v, hints[k]) for k, v in given.items()}}
+    if unknown := sorted(set(values) - set(hints)):
+        raise ValueError(f"unknown setting {unknown[0]!r}; known: {', '.join(sorted(hints))}")
+    for key, value in values.items():
+        values[key] = _checked(key, value, hints[key])
+    return cls(**values)
+
+
+def _read_recipe(path: str | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"recipe {path!r} could not be read: {error}") from error
+
+
+def _from_text(key: str, text: str | list[str], hint: Any) -> Any:
+    """A command line value as the type of its field."""
+    if isinstance(text, list):
+        return [_from_text(key, t, typing.get_args(hint)[0]) for t in text]
+    kinds = _kinds(hint)
+    try:
+        if dict in kinds:
+            return json.loads(text)
+        if text.lower() == "none" and type(None) in kinds:
+            return None
+        return next(kind for kind in (int, float, str) if kind in kinds)(text)
+    except ValueError as error:
+        raise ValueError(f"--{key} {text}: {error}") from None
+
+
+def _checked(key: str, value: Any, hint: Any) -> Any:
+    if typing.get_origin(hint) is list:
+        if not isinstance(value, list):
+            raise ValueError(f"{key} is {value!r}; it must be a list")
+        return [_checked(key, v, typing.get_args(hint)[0]) for v in value]
+    kinds = _kinds(hint)
+    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise ValueError(f"{key} is {value!r}; it must be {' or '.join(k.__name__ for k in kinds)}")
+    return value
+
+
+def _kinds(hint: Any) -> tuple[type, ...]:
+    parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return tuple(typing.get_origin(p) or p for p in parts)
+
+
+def _require(config: ModelConfig, name: str, fine: bool, accepted: str) -> None:
+    if not fine:
+        raise ValueError(f"{name} is {getattr(config, name)!r}; it must be {accepted}")

@@ -1,0 +1,313 @@
+"""The `search` command: references, then one solver per NFE, then the other step counts; a folder that
+`DSSolverScheduler.from_pretrained` reads stands complete after every NFE, and a killed run goes on after the last one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from diffusers_dssolver import DSSolverScheduler
+from diffusers_dssolver.solver import SolverSpec
+
+from .closed_form import Candidate, ClosedForm, warped_nodes
+from .config import SearchConfig
+from .fit import fit
+from .objective import paper_loss
+from .parameters import PaperParameters
+from .probe import ProbeScheduler, run
+from .sampling import Sampler, load_pipeline, read_prompts
+from .teacher import Reference, reference
+
+STATE, METRICS = "search_state.json", "metrics.jsonl"
+
+
+class Search:
+    """One run of the command, in every process alike; only the main one writes."""
+
+    def __init__(self, config: SearchConfig) -> None:
+        self.config, self.accelerator = config, Accelerator()
+        self.folder = Path(config.output_dir)
+        pipe = load_pipeline(
+            config.pretrained_model_name_or_path, config.torch_dtype, self.accelerator.device, config.revision
+        )
+        self.sampler = Sampler(pipe, config.call_arguments, read_prompts(config.prompts_file), config.seed)
+        self.probe = ProbeScheduler.from_config(pipe.scheduler.config, solvers="classical")
+        self.started = time.time()
+        self.state = self._open_state()
+
+    # --- command ---------------------------------------------------------------------------------------------------
+
+    def __call__(self) -> None:
+        splits = {"train": self.config.num_train_samples, "validation": self.config.num_validation_samples}
+        if self.config.method == "paper":
+            del splits["train"]  # it generates its own
+        references = {name: self._reference(name, range(count)) for name, count in splits.items()}
+        form = ClosedForm(
+            self.sampler,
+            self.probe,
+            references.get("train", references["validation"]),
+            references["validation"],
+            self._reduce,
+            self._on_trial,
+        )
+        for nfe in sorted(set(self.config.nfe)):
+            if str(nfe) not in self.state["solvers"]:
+                began = self._evaluations(), time.time()
+                entry = self._paper(form, nfe) if self.config.method == "paper" else self._closed_form(form, nfe)
+                self._keep(form, nfe, entry, "searched", began)
+        if self.config.method == "closed_form" and self.config.fill_nfe:
+            first, last = self.config.fill_nfe
+            missing = [n for n in range(first, last + 1) if str(n) not in self.state["solvers"]]
+            for nfe in tqdm(missing, desc="filling other step counts", disable=not self.accelerator.is_main_process):
+                began = self._evaluations(), time.time()
+                self._keep(form, nfe, self._filled(form, nfe), "filled", began)
+        if self.accelerator.is_main_process:
+            print(self.table())
+
+    def _closed_form(self, form: ClosedForm, nfe: int) -> dict[str, Any]:
+        with tqdm(
+            total=self.config.trials, desc=f"closed form, {nfe} calls", disable=not self.accelerator.is_main_process
+        ) as self._bar:
+            found = form.search(nfe, self.config.trials, self.config.ridge)
+        return {
+            **found.spec.to_dict(),
+            "warp": list(found.warp),
+            "ridge": found.ridge,
+            "validation_mse": found.validation_mse,
+        }
+
+    def _filled(self, form: ClosedForm, nfe: int) -> dict[str, Any]:
+        """Closed-form rows on warps interpolated between the searched ones: one pass."""
+        known = {int(n): e for n, e in self.state["solvers"].items() if e["kind"] == "searched"}
+        counts = sorted(known)
+        warp = [float(np.interp(nfe, counts, [known[n]["warp"][k] for n in counts])) for k in range(3)]
+        ridge = known[min(counts, key=lambda n: abs(n - nfe))]["ridge"]
+        found = form.validated(form.fit(nfe, warp, ridge))
+        return {
+            **found.spec.to_dict(),
+            "warp": list(found.warp),
+            "ridge": found.ridge,
+            "validation_mse": found.validation_mse,
+        }
+
+    def _paper(self, form: ClosedForm, nfe: int) -> dict[str, Any]:
+        """Algorithm 1 and 2: gradients through the pipeline's call, fresh samples for every update."""
+        config, rank, processes = self.config, self.accelerator.process_index, self.accelerator.num_processes
+        parameters = PaperParameters(nfe)
+        iterations = -(-config.num_generated_samples // config.train_batch_size)
+
+        def loss_of(iteration: int) -> Tensor:
+            first = iteration * config.train_batch_size
+            batch = range(first, first + config.train_batch_size)[rank::processes]
+            if not batch:
+                return 0.0 * (parameters.r.sum() + parameters.c.sum())
+            euler = reference(
+                self.sampler, self.probe, batch, "train", config.reference_steps, 1, len(batch), progress=False
+            )
+            self.probe.prepare(parameters.nodes(), parameters.rows())
+            before = self.sampler.network_evaluations
+            states = run(self.sampler, self.probe, batch, "train", nfe)
+            self.sampler.network_evaluations += 2 * (self.sampler.network_evaluations - before)  # the backward pass
+            angles = self.probe.angle(self.probe.nodes)
+            wanted = [euler.nearest(angle).to(states[0].device) for angle in angles]
+            return paper_loss([s[: len(batch)] for s in states], wanted) * len(batch) / config.train_batch_size
+
+        def validate() -> float:
+            rows = [[float(w) for w in row] for row in parameters.rows()]
+            return form.score(parameters.nodes().detach(), rows)
+
+        def log(record: dict[str, Any]) -> None:
+            self._log({"nfe": nfe, **record, "network_evaluations": self._evaluations()})
+
+        checkpoint = self.folder / f"paper-{nfe}.safetensors"
+        best = fit(
+            parameters,
+            loss_of,
+            iterations,
+            config.learning_rate,
+            self.accelerator,
+            validate,
+            config.validation_steps,
+            checkpoint,
+            log,
+            f"paper, {nfe} calls",
+        )
+        nodes = self.probe.final_nodes(parameters.nodes().detach())
+        rows = [[float(w) for w in row] for row in parameters.rows()]
+        return {**SolverSpec(nodes.tolist(), rows).to_dict(), "parameters": parameters.count, "validation_mse": best}
+
+    # --- keeping ---------------------------------------------------------------------------------------------------
+
+    def _keep(self, form: ClosedForm, nfe: int, entry: dict[str, Any], kind: str, began: tuple[int, float]) -> None:
+        """Add one solver to the state and write the whole result anew."""
+        uniform = warped_nodes((0.0, 0.0, 0.0), nfe)
+        classical = min(form.score(uniform, None, order) for order in (1, 2, 3))
+        entry |= {
+            "kind": kind,
+            "classical_mse": classical,
+            "network_evaluations": self._evaluations() - began[0],
+            "seconds": round(time.time() - began[1], 1),
+        }
+        if kind == "filled" and not entry["validation_mse"] < classical:
+            entry["kind"] = "dropped"  # a derived solver serves this count
+        self.state["solvers"][str(nfe)] = entry
+        self.state["network_evaluations"] = self._evaluations()
+        self._log(
+            {
+                "nfe": nfe,
+                **{k: v for k, v in entry.items() if k not in ("nodes", "coefficients")},
+                "total_network_evaluations": self._evaluations(),
+            }
+        )
+        if self.accelerator.is_main_process:
+            self.write()
+
+    def write(self) -> None:
+        """`scheduler_config.json` and the state, each renamed into place."""
+        kept = {n: e for n, e in self.state["solvers"].items() if e["kind"] != "dropped"}
+        solvers = {n: {k: e[k] for k in ("nodes", "coefficients")} for n, e in kept.items()}
+        config = {
+            k: v for k, v in self.sampler.pipe.scheduler.config.items() if k not in ("solvers", "provenance", "strict")
+        }
+        scheduler = DSSolverScheduler.from_config(config, solvers=solvers, provenance=self.provenance())
+        with tempfile.TemporaryDirectory(dir=self.folder) as partial:
+            scheduler.save_pretrained(partial)
+            os.replace(Path(partial) / "scheduler_config.json", self.folder / "scheduler_config.json")
+        _write_text(self.folder / STATE, json.dumps(self.state, indent=1))
+
+    def provenance(self) -> dict[str, Any]:
+        config = self.config
+        facts: dict[str, Any] = {
+            "kind": "searched",
+            "method": config.method,
+            "model": Path(config.pretrained_model_name_or_path).name
+            if Path(config.pretrained_model_name_or_path).exists()
+            else config.pretrained_model_name_or_path,
+            "revision": config.revision,
+            "pipeline": type(self.sampler.pipe).__name__,
+            "call": config.call_arguments,
+            "teacher": {"steps": config.teacher_steps, "order": config.teacher_order},
+            "samples": {
+                "train": config.num_train_samples if config.method == "closed_form" else config.num_generated_samples,
+                "validation": config.num_validation_samples,
+            },
+            "seed": config.seed,
+            "network_evaluations": self.state["network_evaluations"],
+            "results": {
+                n: {
+                    k: e[k]
+                    for k in ("kind", "validation_mse", "classical_mse", "warp", "ridge", "parameters")
+                    if k in e
+                }
+                for n, e in self.state["solvers"].items()
+            },
+            "versions": {name: _version(name) for name in ("diffusers-dssolver", "diffusers", "torch")},
+        }
+        return facts
+
+    def table(self) -> str:
+        """What was found, by step count: held-out final-state mse of the best classical solver and of ours."""
+        lines = [
+            "",
+            f"{'NFE':>4} {'kind':9} {'classical':>10} {'ours':>10} {'ratio':>6} {'evaluations':>12} {'seconds':>8}",
+        ]
+        for n, e in sorted(self.state["solvers"].items(), key=lambda item: int(item[0])):
+            ratio = e["validation_mse"] / e["classical_mse"]
+            note = "  worse than classical" if ratio >= 1 else ""
+            lines.append(
+                f"{n:>4} {e['kind']:9} {e['classical_mse']:10.3g} {e['validation_mse']:10.3g} {ratio:6.2f} "
+                f"{e['network_evaluations']:12,} {e['seconds']:8.1f}{note}"
+            )
+        lines.append(
+            f"held-out final-state mse; {self.state['network_evaluations']:,} network evaluations in all, the teacher's too"
+        )
+        return "\n".join([*lines, f"solver written to {self.folder}"])
+
+    def _reference(self, split: str, indices: range) -> tuple[range, Reference]:
+        share = indices[self.accelerator.process_index :: self.accelerator.num_processes]
+        if not share:
+            raise ValueError(
+                f"{len(indices)} {split} samples for {self.accelerator.num_processes} processes; each needs one"
+            )
+        config = self.config
+        found = reference(
+            self.sampler, self.probe, share, split, config.teacher_steps, config.teacher_order, config.batch_size,
+            cache=self.folder / "cache", progress=self.accelerator.is_main_process,
+        )  # fmt: skip
+        return share, found
+
+    def _open_state(self) -> dict[str, Any]:
+        """The state of an earlier, killed run of the very same search, or a new one."""
+        resumable = {
+            k: v
+            for k, v in dataclasses.asdict(self.config).items()
+            if k not in ("nfe", "output_dir", "batch_size", "fill_nfe")
+        }
+        key = hashlib.sha256(json.dumps([resumable, self.sampler.fingerprint()], sort_keys=True).encode()).hexdigest()
+        file = self.folder / STATE
+        if file.is_file():
+            state = json.loads(file.read_text(encoding="utf-8"))
+            if state.get("key") != key:
+                raise ValueError(
+                    f"{self.folder} holds another search (other model or settings); choose another --output_dir"
+                )
+            self.sampler.network_evaluations = state["network_evaluations"] // self.accelerator.num_processes
+            return state
+        if (self.folder / "scheduler_config.json").exists():
+            raise ValueError(f"{self.folder} holds a solver that this search did not make; choose another --output_dir")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return {"key": key, "network_evaluations": 0, "solvers": {}}
+
+    def _on_trial(self, candidate: Candidate) -> None:
+        record = {
+            "nfe": candidate.spec.nfe,
+            "warp": list(candidate.warp),
+            "ridge": candidate.ridge,
+            "train_mse": candidate.train_mse,
+        }
+        self._log({**record, "network_evaluations": self._evaluations()})
+        if bar := getattr(self, "_bar", None):
+            bar.set_postfix(mse=f"{candidate.train_mse:.3g}", refresh=False)
+            bar.update()
+
+    def _log(self, record: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            with (self.folder / METRICS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps({**record, "seconds_since_start": round(time.time() - self.started, 2)}) + "\n")
+
+    def _evaluations(self) -> int:
+        return int(
+            self._reduce(
+                torch.tensor(self.sampler.network_evaluations, dtype=torch.float64, device=self.accelerator.device)
+            )
+        )
+
+    def _reduce(self, tensor: Tensor) -> Tensor:
+        return self.accelerator.reduce(tensor, "sum")
+
+
+def _write_text(file: Path, text: str) -> None:
+    partial = file.with_suffix(".tmp")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, file)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

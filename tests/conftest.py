@@ -1,0 +1,56 @@
+"""Offline, few threads, strict: what must hold before any test module is imported."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.util import find_spec, spec_from_file_location
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class SearchFromCheckout:
+    """Finds `dssolver_search` in `search/`, as the package-dir mapping of an installation does."""
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        init = ROOT / "search" / "__init__.py"
+        if name != "dssolver_search" or not init.is_file():
+            return None
+        return spec_from_file_location(name, init, submodule_search_locations=[str(init.parent)])
+
+
+if find_spec("diffusers_dssolver") is None:
+    sys.path.insert(0, str(ROOT))
+if find_spec("dssolver_search") is None:
+    sys.meta_path.append(SearchFromCheckout)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+torch.set_num_threads(min(2, int(os.environ.get("OMP_NUM_THREADS", "2"))))
+settings.register_profile("repository", deadline=None, database=None, max_examples=60, derandomize=True)
+settings.load_profile("repository")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--run-slow", action="store_true", help="also run the tests marked slow (or set RUN_SLOW=1)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes long; runs only with --run-slow or RUN_SLOW=1")
+    for package in ("diffusers_dssolver", "dssolver_search"):  # a prefix: submodules too
+        config.addinivalue_line("filterwarnings", f"error:::{package}")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--run-slow") or os.environ.get("RUN_SLOW") == "1":
+        return
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="slow; run with --run-slow"))

@@ -1,0 +1,97 @@
+"""Problems with a closed solution on both paths. Each counts its evaluations, so a test can also check their number."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from diffusers_dssolver import SolverSpec
+from diffusers_dssolver.step import step
+
+
+@dataclass
+class GaussianProblem:
+    """Data from N(mean, std^2), independent per entry: x_t is N(alpha mean, V) with V = alpha^2 std^2 + sigma^2, so the
+    exact denoiser is linear and the probability flow keeps (x - alpha mean) / sqrt(V) constant.
+
+    `kind` says which quantity is integrated: "flow" (velocity = noise - data) or "vp" (denoised).
+    """
+
+    kind: str
+    mean: Tensor = field(default_factory=lambda: torch.tensor([0.8, -0.3, 0.1], dtype=torch.float64))
+    std: Tensor = field(default_factory=lambda: torch.tensor([0.6, 0.45, 0.9], dtype=torch.float64))
+    evaluations: int = 0
+
+    def start(self) -> Tensor:
+        return torch.tensor([1.3, -0.7, 0.4], dtype=torch.float64)
+
+    def variance(self, alpha: float, sigma: float) -> Tensor:
+        return alpha**2 * self.std**2 + sigma**2
+
+    def exact(self, x: Tensor, before: tuple[float, float], after: tuple[float, float]) -> Tensor:
+        """The state at (alpha, sigma) = `after` of the trajectory that is at x at `before`."""
+        ratio = torch.sqrt(self.variance(*after) / self.variance(*before))
+        return after[0] * self.mean + ratio * (x - before[0] * self.mean)
+
+    def denoised(self, x: Tensor, alpha: float, sigma: float) -> Tensor:
+        return self.mean + alpha * self.std**2 / self.variance(alpha, sigma) * (x - alpha * self.mean)
+
+    def quantity(self, x: Tensor, alpha: float, sigma: float) -> Tensor:
+        self.evaluations += 1
+        denoised = self.denoised(x, alpha, sigma)
+        return (x - denoised) / sigma if self.kind == "flow" else denoised
+
+
+def integrate(problem, alphas, sigmas, transition, rows, x: Tensor, seeded: int = 0) -> Tensor:
+    """The last state of a run through `step` alone. With `seeded` = k the run begins at node k, with the exact state
+    there and the exact quantities of nodes 0..k-1 as its history, so that no start-up error is left."""
+    points = list(zip(alphas.tolist(), sigmas.tolist(), strict=True))
+    states = [problem.exact(x, points[0], points[j]) for j in range(seeded + 1)]
+    history = [problem.quantity(states[j], *points[j]) for j in range(seeded)]
+    x, (a, b) = states[seeded], transition
+    for i in range(seeded, len(rows)):
+        history.append(problem.quantity(x, *points[i]))
+        x = step(x, history, rows[i], a[i].item(), b[i].item())
+    return x
+
+
+def convergence_order(errors: dict[int, float]) -> float:
+    """Slope of log error on log step by least squares, from errors by step count."""
+    h = [-math.log(n) for n in errors]
+    e = [math.log(v) for v in errors.values()]
+    mean_h, mean_e = sum(h) / len(h), sum(e) / len(e)
+    return sum((a - mean_h) * (b - mean_e) for a, b in zip(h, e, strict=True)) / sum((a - mean_h) ** 2 for a in h)
+
+
+def nonlinear_model(x: Tensor, t: float | Tensor) -> Tensor:
+    """A smooth, bounded, nonlinear stand-in for a network; t is the network's own time, in 0..1000."""
+    s = t / 1000
+    return torch.tanh(1.3 * x + torch.roll(x, 1, -1) * s) + 0.4 * torch.sin(2 * x - 3 * s) + 0.1 * s
+
+
+@st.composite
+def specs(draw: st.DrawFn, max_nfe: int = 10) -> SolverSpec:
+    """Any valid solver: falling nodes that end at 0, rows of signed weights that sum to 1, with or without times."""
+    nfe = draw(st.integers(1, max_nfe))
+    inner = st.floats(1e-4, 1.0, allow_subnormal=False)
+    nodes = sorted(draw(st.lists(inner, min_size=nfe, max_size=nfe, unique=True)), reverse=True)
+    rows = []
+    for i in range(nfe):
+        row = draw(st.lists(st.floats(-5, 5), min_size=i, max_size=i))
+        rows.append([*row, 1 - math.fsum(row)])
+    times = None
+    if draw(st.booleans()):
+        times = sorted(draw(st.lists(st.floats(0, 999), min_size=nfe, max_size=nfe, unique=True)), reverse=True)
+    return SolverSpec([*nodes, 0.0], rows, times)
+
+
+class DoubleTorch:
+    """`torch` with float64 for float32. Put in the place of `torch` in a scheduler module of diffusers, it takes the
+    rounding out of its arithmetic, so that formulas can be compared and not roundings."""
+
+    def __getattr__(self, name: str):
+        return getattr(torch, "float64" if name == "float32" else name)
