@@ -3,8 +3,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 RUNS ?= runs
+MODEL ?= flow
 BIN := $(VENV)/bin
-GUIDANCE := 1.5
 
 .PHONY: demo test test-slow lint bench clean
 
@@ -14,16 +14,15 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
-# search both embedded models at 5 and 8 network calls, then compare with diffusers' own schedulers
+# search an embedded model (flow or vp) at 5 and 8 network calls, then compare with diffusers' own schedulers
 demo: $(VENV)/.installed
-	@for model in flow vp; do \
-		rm -rf "$(RUNS)/demo/$$model"; \
-		$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no -m dssolver_search search \
-			--config search/recipes/demo.toml --pretrained_model_name_or_path search/demo/$$model \
-			--output_dir "$(RUNS)/demo/$$model/searched" || exit 1; \
-		$(BIN)/python -m dssolver_search compare --pretrained_model_name_or_path search/demo/$$model --guidance_scale $(GUIDANCE) \
-			--nfe 5 8 --solver "$(RUNS)/demo/$$model/searched" --output_dir "$(RUNS)/demo/$$model" || exit 1; \
-	done
+	rm -rf "$(RUNS)/demo/$(MODEL)"
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		-m dssolver_search search --config search/recipes/demo.toml --pretrained_model_name_or_path search/demo/$(MODEL) \
+		--output_dir "$(RUNS)/demo/$(MODEL)/searched"
+	$(BIN)/python -m dssolver_search compare --config search/recipes/demo-compare.toml \
+		--pretrained_model_name_or_path search/demo/$(MODEL) \
+		--solver "$(RUNS)/demo/$(MODEL)/searched" --output_dir "$(RUNS)/demo/$(MODEL)"
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest

@@ -290,7 +290,7 @@ class DSSolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
         return DSSolverSchedulerOutput(prev_sample=prev_sample, pred_original_sample=denoised)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: int | float | Tensor) -> Tensor:
-        """alpha x + sigma noise at the given times (one, or one per sample), on or off the schedule; shapes (B, ...)."""
+        """alpha x + sigma noise at the given times (one, or one per sample), on or off the schedule; shapes (B, ..)."""
         times = torch.as_tensor(timesteps).detach().to("cpu", torch.float64).reshape(-1)
         factors = self._path.alpha_sigma(self._path.node(times))
         dtype = torch.promote_types(original_samples.dtype, torch.float32)

@@ -25,6 +25,8 @@ from .teacher import Reference
 Warp = tuple[float, float, float]
 Reduce = Callable[[Tensor], Tensor]
 IDENTITY: Warp = (0.0, 0.0, 0.0)
+MAX_WARP = 15.0  # beyond it step sizes vanish in float64
+RIDGE_FACTORS = (10, 100)  # tried on the best warp besides the ridge that the search ran with
 
 
 def warped_nodes(warp: Sequence[float], nfe: int) -> Tensor:
@@ -117,6 +119,8 @@ class ClosedForm:
         seen: list[Candidate] = []
 
         def objective(warp: np.ndarray) -> float:
+            if np.abs(warp).sum() > MAX_WARP:
+                return np.inf
             seen.append(self.fit(nfe, warp.tolist(), ridge))
             return np.log(seen[-1].train_mse + 1e-30)
 
@@ -129,7 +133,7 @@ class ClosedForm:
         )
         finalists = sorted(seen, key=lambda c: c.train_mse)[:keep]
         best = finalists[0]
-        finalists += [self.fit(nfe, best.warp, best.ridge * factor) for factor in (10, 100)]
+        finalists += [self.fit(nfe, best.warp, best.ridge * factor) for factor in RIDGE_FACTORS]
         return min(map(self.validated, finalists), key=lambda c: c.validation_mse)
 
     def _mse(self, final: Tensor, reference: Reference) -> float:

@@ -97,7 +97,7 @@ class Comparison:
 
     def __init__(self, config: CompareConfig) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        pipe = load_pipeline(config.pretrained_model_name_or_path, config.torch_dtype, device, config.revision)
+        pipe = load_pipeline(config.pretrained_model_name_or_path, config.dtype, device, config.revision)
         self.config, self.model_config = config, pipe.scheduler.config
         self.sampler = Sampler(pipe, config.call_arguments, read_prompts(config.prompts_file), config.seed)
         # every artefact is loaded, and its noise schedule checked, before anything is run
@@ -229,7 +229,7 @@ def table(results: list[Result], config: CompareConfig, uncertainty: float) -> s
         lines.append(f"{name + ' / best *':{width}} " + " ".join(f"{r + ' ':>20}" for r in ratios))
     lines += [
         "",
-        f"in brackets each scheduler's best node spacing; mse of the reference against half its steps: {uncertainty:.1g}",
+        f"in brackets each scheduler's best node spacing; mse of the reference against half of them: {uncertainty:.1g}",
     ]
     return "\n".join(lines)
 

@@ -38,7 +38,7 @@ class ModelConfig:
     call: dict[str, Any] = option("more arguments of the pipeline's call, as JSON", default_factory=dict)
     prompts_file: str | None = option("text file, one prompt per line", default=None)
     revision: str | None = option("revision of the model", default=None)
-    torch_dtype: str = option("float32, bfloat16 or float16", default="float32")
+    dtype: str = option("float32, bfloat16 or float16", default="float32")
     seed: int = option("of all noise", default=0)
     batch_size: int = option("samples per pipeline call and process where they need not run together", default=64)
 
@@ -47,9 +47,7 @@ class ModelConfig:
             if not getattr(self, name):
                 raise ValueError(f"{name} is missing; give --{name}")
         _require(self, "nfe", bool(self.nfe) and all(1 <= n <= 1000 for n in self.nfe), "whole numbers from 1 to 1000")
-        _require(
-            self, "torch_dtype", self.torch_dtype in ("float32", "bfloat16", "float16"), "float32, bfloat16 or float16"
-        )
+        _require(self, "dtype", self.dtype in ("float32", "bfloat16", "float16"), "float32, bfloat16 or float16")
         _require(self, "batch_size", self.batch_size >= 1, "1 or more")
 
     @property

@@ -80,12 +80,12 @@ class ProbeScheduler(DSSolverScheduler):
         raw, rows, order = self._plan
         if self.num_inference_steps != len(raw) - 1:
             raise ValueError(f"the pipeline asks for {self.num_inference_steps} steps, the search for {len(raw) - 1}")
+        self._live = raw.requires_grad
+        if self._live:
+            torch.set_grad_enabled(True)  # the pipeline's own no_grad puts the mode back when its call ends
         nodes = self.final_nodes(raw)
         if rows is None:
             rows = classical(nodes.detach().tolist(), self._path, order).coefficients
-        self._live = nodes.requires_grad
-        if self._live:
-            torch.set_grad_enabled(True)  # the pipeline's own no_grad puts the mode back when its call ends
         self._install_tensors(nodes, self._path.timestep(nodes[:-1]), rows, device)
         self._needed = [i + 1 for i in range(len(raw) - 1)] if self._row_solver else self._needed
         self.nodes, self.states, self.rows = nodes, [], []

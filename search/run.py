@@ -4,12 +4,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
 import tempfile
 import time
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from diffusers_dssolver import DSSolverScheduler
 from diffusers_dssolver.solver import SolverSpec
 
-from .closed_form import Candidate, ClosedForm, warped_nodes
+from .closed_form import IDENTITY, RIDGE_FACTORS, Candidate, ClosedForm, warped_nodes
 from .config import SearchConfig
 from .fit import fit
 from .objective import paper_loss
@@ -42,7 +42,7 @@ class Search:
         self.config, self.accelerator = config, Accelerator()
         self.folder = Path(config.output_dir)
         pipe = load_pipeline(
-            config.pretrained_model_name_or_path, config.torch_dtype, self.accelerator.device, config.revision
+            config.pretrained_model_name_or_path, config.dtype, self.accelerator.device, config.revision
         )
         self.sampler = Sampler(pipe, config.call_arguments, read_prompts(config.prompts_file), config.seed)
         self.probe = ProbeScheduler.from_config(pipe.scheduler.config, solvers="classical")
@@ -62,10 +62,10 @@ class Search:
             references.get("train", references["validation"]),
             references["validation"],
             self._reduce,
-            self._on_trial,
+            self._log_trial,
         )
         for nfe in sorted(set(self.config.nfe)):
-            if str(nfe) not in self.state["solvers"]:
+            if self.state["solvers"].get(str(nfe), {}).get("kind") != "searched":
                 began = self._evaluations(), time.time()
                 entry = self._paper(form, nfe) if self.config.method == "paper" else self._closed_form(form, nfe)
                 self._keep(form, nfe, entry, "searched", began)
@@ -79,16 +79,16 @@ class Search:
             print(self.table())
 
     def _closed_form(self, form: ClosedForm, nfe: int) -> dict[str, Any]:
-        with tqdm(
-            total=self.config.trials, desc=f"closed form, {nfe} calls", disable=not self.accelerator.is_main_process
-        ) as self._bar:
-            found = form.search(nfe, self.config.trials, self.config.ridge)
-        return {
-            **found.spec.to_dict(),
-            "warp": list(found.warp),
-            "ridge": found.ridge,
-            "validation_mse": found.validation_mse,
-        }
+        fits = self.config.trials + len(RIDGE_FACTORS)
+        with tqdm(total=fits, desc=f"closed form, {nfe} calls", disable=not self.accelerator.is_main_process) as bar:
+
+            def on_trial(candidate: Candidate) -> None:
+                bar.set_postfix(mse=f"{candidate.train_mse:.3g}", refresh=False)
+                bar.update()
+                self._log_trial(candidate)
+
+            found = replace(form, on_trial=on_trial).search(nfe, self.config.trials, self.config.ridge)
+        return _entry(found)
 
     def _filled(self, form: ClosedForm, nfe: int) -> dict[str, Any]:
         """Closed-form rows on warps interpolated between the searched ones: one pass."""
@@ -96,13 +96,7 @@ class Search:
         counts = sorted(known)
         warp = [float(np.interp(nfe, counts, [known[n]["warp"][k] for n in counts])) for k in range(3)]
         ridge = known[min(counts, key=lambda n: abs(n - nfe))]["ridge"]
-        found = form.validated(form.fit(nfe, warp, ridge))
-        return {
-            **found.spec.to_dict(),
-            "warp": list(found.warp),
-            "ridge": found.ridge,
-            "validation_mse": found.validation_mse,
-        }
+        return _entry(form.validated(form.fit(nfe, warp, ridge)))
 
     def _paper(self, form: ClosedForm, nfe: int) -> dict[str, Any]:
         """Algorithm 1 and 2: gradients through the pipeline's call, fresh samples for every update."""
@@ -127,11 +121,12 @@ class Search:
             return paper_loss([s[: len(batch)] for s in states], wanted) * len(batch) / config.train_batch_size
 
         def validate() -> float:
-            rows = [[float(w) for w in row] for row in parameters.rows()]
+            rows = [[w.item() for w in row] for row in parameters.rows()]
             return form.score(parameters.nodes().detach(), rows)
 
         def log(record: dict[str, Any]) -> None:
             self._log({"nfe": nfe, **record, "network_evaluations": self._evaluations()})
+            self._save_count()
 
         checkpoint = self.folder / f"paper-{nfe}.safetensors"
         best = fit(
@@ -147,14 +142,14 @@ class Search:
             f"paper, {nfe} calls",
         )
         nodes = self.probe.final_nodes(parameters.nodes().detach())
-        rows = [[float(w) for w in row] for row in parameters.rows()]
+        rows = [[w.item() for w in row] for row in parameters.rows()]
         return {**SolverSpec(nodes.tolist(), rows).to_dict(), "parameters": parameters.count, "validation_mse": best}
 
     # --- keeping ---------------------------------------------------------------------------------------------------
 
     def _keep(self, form: ClosedForm, nfe: int, entry: dict[str, Any], kind: str, began: tuple[int, float]) -> None:
         """Add one solver to the state and write the whole result anew."""
-        uniform = warped_nodes((0.0, 0.0, 0.0), nfe)
+        uniform = warped_nodes(IDENTITY, nfe)
         classical = min(form.score(uniform, None, order) for order in (1, 2, 3))
         entry |= {
             "kind": kind,
@@ -233,7 +228,7 @@ class Search:
                 f"{e['network_evaluations']:12,} {e['seconds']:8.1f}{note}"
             )
         lines.append(
-            f"held-out final-state mse; {self.state['network_evaluations']:,} network evaluations in all, the teacher's too"
+            f"held-out final-state mse; {self.state['network_evaluations']:,} network evaluations, teacher included"
         )
         return "\n".join([*lines, f"solver written to {self.folder}"])
 
@@ -248,14 +243,13 @@ class Search:
             self.sampler, self.probe, share, split, config.teacher_steps, config.teacher_order, config.batch_size,
             cache=self.folder / "cache", progress=self.accelerator.is_main_process,
         )  # fmt: skip
+        self._save_count()
         return share, found
 
     def _open_state(self) -> dict[str, Any]:
         """The state of an earlier, killed run of the very same search, or a new one."""
         resumable = {
-            k: v
-            for k, v in dataclasses.asdict(self.config).items()
-            if k not in ("nfe", "output_dir", "batch_size", "fill_nfe")
+            k: v for k, v in asdict(self.config).items() if k not in ("nfe", "output_dir", "batch_size", "fill_nfe")
         }
         key = hashlib.sha256(json.dumps([resumable, self.sampler.fingerprint()], sort_keys=True).encode()).hexdigest()
         file = self.folder / STATE
@@ -272,22 +266,22 @@ class Search:
         self.folder.mkdir(parents=True, exist_ok=True)
         return {"key": key, "network_evaluations": 0, "solvers": {}}
 
-    def _on_trial(self, candidate: Candidate) -> None:
-        record = {
-            "nfe": candidate.spec.nfe,
-            "warp": list(candidate.warp),
-            "ridge": candidate.ridge,
-            "train_mse": candidate.train_mse,
-        }
-        self._log({**record, "network_evaluations": self._evaluations()})
-        if bar := getattr(self, "_bar", None):
-            bar.set_postfix(mse=f"{candidate.train_mse:.3g}", refresh=False)
-            bar.update()
+    def _log_trial(self, candidate: Candidate) -> None:
+        tried = {"nfe": candidate.spec.nfe, "warp": list(candidate.warp), "ridge": candidate.ridge}
+        self._log({**tried, "train_mse": candidate.train_mse, "network_evaluations": self._evaluations()})
 
     def _log(self, record: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
             with (self.folder / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({**record, "seconds_since_start": round(time.time() - self.started, 2)}) + "\n")
+
+    def _save_count(self) -> None:
+        """The evaluations so far into the state on disk, so that a killed run goes on counting from there."""
+        total = self._evaluations()
+        if total != self.state["network_evaluations"]:
+            self.state["network_evaluations"] = total
+            if self.accelerator.is_main_process:
+                _write_text(self.folder / STATE, json.dumps(self.state, indent=1))
 
     def _evaluations(self) -> int:
         return int(
@@ -298,6 +292,12 @@ class Search:
 
     def _reduce(self, tensor: Tensor) -> Tensor:
         return self.accelerator.reduce(tensor, "sum")
+
+
+def _entry(found: Candidate) -> dict[str, Any]:
+    """A fitted solver as it stands in the state."""
+    how = {"warp": list(found.warp), "ridge": found.ridge, "validation_mse": found.validation_mse}
+    return {**found.spec.to_dict(), **how}
 
 
 def _write_text(file: Path, text: str) -> None:

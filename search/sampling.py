@@ -23,9 +23,7 @@ from diffusers_dssolver import pipelines
 DENOISER_NAMES = ("transformer", "unet", "prior", "dit")
 
 
-def load_pipeline(
-    name_or_path: str, torch_dtype: str = "float32", device: Any = "cpu", revision: str | None = None
-) -> Any:
+def load_pipeline(name_or_path: str, dtype: str = "float32", device: Any = "cpu", revision: str | None = None) -> Any:
     """Any pipeline by Hub id or folder, ours (`diffusers_dssolver.pipelines`) included, frozen, on a device.
 
     Raises:
@@ -34,7 +32,7 @@ def load_pipeline(
     try:
         cls_name = DiffusionPipeline.load_config(name_or_path, revision=revision).get("_class_name")
         cls = getattr(pipelines, cls_name, DiffusionPipeline) if isinstance(cls_name, str) else DiffusionPipeline
-        pipe = cls.from_pretrained(name_or_path, torch_dtype=getattr(torch, torch_dtype), revision=revision)
+        pipe = cls.from_pretrained(name_or_path, dtype=getattr(torch, dtype), revision=revision)
     except (OSError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"no pipeline could be loaded from {name_or_path!r}: {reason}") from error
@@ -117,14 +115,16 @@ class Sampler:
 
     def fingerprint(self) -> dict[str, Any]:
         """What a reference trajectory depends on: weights, noise schedule, call, prompts, seed; plain data."""
-        sums = []
+        digests = []
         for name, module in self.pipe.components.items():
             if isinstance(module, nn.Module):
-                total = sum(p.detach().double().abs().sum().item() for p in module.parameters())
-                sums.append(f"{name}:{total:.12e}")
+                digest = hashlib.sha256(name.encode())
+                for parameter in module.parameters():
+                    digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+                digests.append(digest.hexdigest())
         scheduler = {k: v for k, v in self.pipe.scheduler.config.items() if not k.startswith("_")}
         prompts = hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()
-        text = json.dumps([sums, scheduler, self.call, prompts, self.seed], sort_keys=True, default=str)
+        text = json.dumps([digests, scheduler, self.call, prompts, self.seed], sort_keys=True, default=str)
         return {"pipeline": type(self.pipe).__name__, "key": hashlib.sha256(text.encode()).hexdigest()[:16]}
 
 

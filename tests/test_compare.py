@@ -1,0 +1,325 @@
+"""The comparison against loops written out here: what it measures, counts, chooses, draws and refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from PIL import Image
+from test_search import both, make_path, make_pipe, make_sampler, refused
+
+from diffusers_dssolver import DSSolverScheduler
+from diffusers_dssolver.derive import classical, uniform_nodes
+from dssolver_search.cli import main
+from dssolver_search.compare import FLOW, VP, Comparison, Result, table
+from dssolver_search.config import CompareConfig
+from dssolver_search.sampling import load_pipeline
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array:DeprecationWarning"),  # diffusers with numpy 2
+    pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning"),  # its schedulers that fail on a spacing
+]
+FAMILIES = ("flow", "vp")
+SAMPLES, NFE, STEPS = 4, 3, 20
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """By family: a folder with a saved pipeline, and one with a solver for it."""
+    root = tmp_path_factory.mktemp("compare")
+    for family in FAMILIES:
+        pipe = make_pipe(family)
+        pipe.save_pretrained(root / family)
+        path = make_path(family)
+        spec = classical(uniform_nodes(NFE, path), path)
+        config = {k: v for k, v in pipe.scheduler.config.items() if k != "solvers"}
+        DSSolverScheduler.from_config(config, solvers={str(NFE): spec.to_dict()}).save_pretrained(
+            root / f"ours-{family}"
+        )
+    return root
+
+
+def settings(folders, family, **changes):
+    values = {
+        "pretrained_model_name_or_path": str(folders / family),
+        "output_dir": str(folders / f"out-{family}"),
+        "nfe": [NFE],
+        "guidance_scale": 1.5,
+        "solver": [str(folders / f"ours-{family}")],
+        "num_samples": SAMPLES,
+        "reference_steps": STEPS,
+        "batch_size": 3,  # one batch is not full
+        "num_pictures": 2,
+    }
+    return CompareConfig(**{**values, **changes})
+
+
+def words(config):
+    given = ["compare"]
+    for key in ("pretrained_model_name_or_path", "output_dir", "nfe", "guidance_scale", "solver", "num_samples",
+                "reference_steps", "batch_size", "num_pictures"):  # fmt: skip
+        value = getattr(config, key)
+        given += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+    return given
+
+
+@pytest.fixture(scope="module")
+def outputs(folders):
+    """By family: the folder that the command wrote."""
+    for family in FAMILIES:
+        main(words(settings(folders, family)))
+    return {family: folders / f"out-{family}" for family in FAMILIES}
+
+
+def results_of(folder):
+    return {r["scheduler"]: r for r in json.loads((folder / "comparison.json").read_text())["results"]}
+
+
+@torch.no_grad()
+def by_hand(folders, family, steps):
+    """Euler or DDIM on uniform nodes from the comparison's own noise and classes: final states."""
+    pipe = load_pipeline(str(folders / family))
+    sampler = make_sampler(pipe)
+    noise = torch.cat([torch.randn(1, 1, 4, 4, generator=g) for g in sampler.generators(range(SAMPLES), "test")])
+    labels = torch.tensor([i % 3 for i in range(SAMPLES)])
+    path = make_path(family)
+    nodes = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    alpha, sigma = (f.tolist() for f in path.alpha_sigma(nodes))
+    x = noise
+    for i, t in enumerate(path.timestep(nodes[:-1]).float()):
+        both_labels = torch.cat([labels, torch.full_like(labels, 3)])
+        output = pipe.transformer(torch.cat([x, x]), timestep=t.repeat(2 * SAMPLES), class_labels=both_labels).sample
+        with_class, without = output.chunk(2)
+        guided = without + 1.5 * (with_class - without)
+        if family == "flow":
+            x = x + (sigma[i + 1] - sigma[i]) * guided
+        else:
+            denoised = (x - sigma[i] * guided) / alpha[i]
+            x = alpha[i + 1] * denoised + sigma[i + 1] * guided
+    return x
+
+
+@torch.no_grad()
+def converged(folders, family):
+    """The comparison's reference, by the plain pipeline in one batch."""
+    pipe = load_pipeline(str(folders / family))
+    pipe.scheduler = DSSolverScheduler.from_config(pipe.scheduler.config, solvers="classical")
+    return make_sampler(pipe)(range(SAMPLES), "test", STEPS, output_type="latent")[0]
+
+
+@both
+def test_every_scheduler_is_measured_with_the_calls_asked_for(family, folders, outputs):
+    record = json.loads((outputs[family] / "comparison.json").read_text())
+    found = results_of(outputs[family])
+    assert list(found) == [f"ours-{family}", "unipc", "dpmpp_2m", "dpmpp_3m", "deis", "heun", "euler"]
+    assert len(record["results"]) == len(found)
+    for name, result in found.items():
+        assert result["mse"] > 0 and not math.isnan(result["mse"])
+        assert result["nfe"] == NFE and result["calls"] == (2 * 2 - 1 if name == "heun" else NFE)
+        assert result["searched"] == (name == f"ours-{family}")
+        assert "pictures" not in result
+    assert found[f"ours-{family}"]["spacing"] == "searched"
+    assert sum(math.isfinite(r["mse"]) for r in found.values()) >= 5
+    assert record["reference"]["steps"] == STEPS and 0 < record["reference"]["mse_against_half_the_steps"] < 0.1
+    assert record["settings"]["num_samples"] == SAMPLES and record["settings"]["guidance_scale"] == 1.5
+
+
+@both
+def test_mse_equals_one_worked_out_by_hand(family, folders):
+    """First order on uniform nodes, as diffusers has it and as a table of ours; both in batches of 3 and 1."""
+    steps = 4  # of which diffusers' whole timesteps are the uniform ones exactly
+    comparison = Comparison(settings(folders, family))
+    wanted = converged(folders, family)
+    expected = (by_hand(folders, family, steps) - wanted).square().mean().item()
+    path = make_path(family)
+    spec = classical(uniform_nodes(steps, path), path, 1)
+    model = comparison.model_config
+    ours = DSSolverScheduler.from_config(model, solvers={str(steps): spec.to_dict()})
+    if family == "flow":
+        stock = FlowMatchEulerDiscreteScheduler()
+    else:
+        stock = DDIMScheduler.from_config(model, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True)
+    reference = comparison.reference()[0]
+    torch.testing.assert_close(reference, wanted, rtol=1e-4, atol=1e-4)
+    for scheduler in (ours, stock):
+        final, pictures, evaluations, _ = comparison.sample(scheduler, steps)
+        assert (final - reference).square().mean().item() == pytest.approx(expected, rel=1e-3)
+        assert evaluations == 2 * steps and len(pictures) == 2
+
+
+def test_reported_mse_of_euler_is_the_one_by_hand(folders, outputs):
+    candidates = {"uniform": (by_hand(folders, "flow", NFE) - converged(folders, "flow")).square().mean().item()}
+    euler = results_of(outputs["flow"])["euler"]
+    if euler["spacing"] == "uniform":
+        assert euler["mse"] == pytest.approx(candidates["uniform"], rel=1e-3)
+    else:
+        assert euler["mse"] < candidates["uniform"]
+
+
+@both
+def test_best_spacing_is_the_best_of_all(family, folders, outputs):
+    comparison = Comparison(settings(folders, family))
+    wanted = comparison.reference()[0]
+    tried = {}
+    for name, spacing, scheduler, steps, _ in comparison.candidates(NFE):
+        mse = (comparison.sample(scheduler, steps)[0] - wanted).square().mean().item()
+        tried.setdefault(name, {})[spacing] = mse if math.isfinite(mse) else math.inf
+    stock = FLOW if family == "flow" else VP
+    for name, result in results_of(outputs[family]).items():
+        if name in stock:
+            assert list(tried[name]) == list(stock[name].spacings)
+        assert result["mse"] == pytest.approx(min(tried[name].values()), rel=1e-4)
+        assert result["spacing"] == min(tried[name], key=tried[name].get)
+    assert sum(len(set(spacings.values())) > 1 for spacings in tried.values()) >= 4
+
+
+@both
+def test_final_state_is_recorded_and_the_scheduler_left_as_it_was(family, folders):
+    comparison = Comparison(settings(folders, family))
+    own = comparison.sampler.pipe.scheduler
+    for name, _, scheduler, steps, _ in comparison.candidates(NFE):
+        before = scheduler.step
+        final = comparison.sample(scheduler, steps)[0]
+        assert final.shape == (SAMPLES, 1, 4, 4), name
+        assert "step" not in vars(scheduler) and scheduler.step == before
+    assert comparison.sampler.pipe.scheduler is own
+
+    def breaks(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    scheduler = next(iter(comparison.ours.values()))
+    comparison.sampler.pipe.transformer.forward = breaks
+    with pytest.raises(RuntimeError, match="out of memory"):
+        comparison.sample(scheduler, NFE)
+    assert "step" not in vars(scheduler) and comparison.sampler.pipe.scheduler is own
+
+
+def test_test_samples_are_none_of_the_search(folders):
+    comparison = Comparison(settings(folders, "flow"))
+    seen, draw = [], comparison.sampler.generators
+    comparison.sampler.generators = lambda indices, split: seen.append((list(indices), split)) or draw(indices, split)
+    comparison.sample(classical_scheduler(comparison), NFE)
+    assert seen == [([0, 1, 2], "test"), ([3], "test")]
+
+
+def classical_scheduler(comparison):
+    return DSSolverScheduler.from_config(comparison.model_config, solvers="classical")
+
+
+@both
+def test_unguided_calls_are_counted_alike(family, folders):
+    comparison = Comparison(settings(folders, family, guidance_scale=1.0, schedulers=["euler", "heun"]))
+    found = {r.scheduler: r.calls for r in comparison.run()[0]}
+    assert found == {f"ours-{family}": NFE, "euler": NFE, "heun": 2 * 2 - 1}
+
+
+def test_step_count_without_a_table_is_called_derived(folders):
+    comparison = Comparison(settings(folders, "flow", nfe=[NFE, 4], schedulers=[]))
+    results, _, _ = comparison.run()
+    assert [(r.nfe, r.spacing, r.calls, r.searched) for r in results] == [
+        (3, "searched", 3, True),
+        (4, "derived", 4, True),
+    ]
+
+
+def test_infinite_results_are_kept_as_such(folders):
+    comparison = Comparison(settings(folders, "flow", schedulers=["euler"]))
+    sample = comparison.sample
+
+    def spoilt(scheduler, steps):
+        final, *rest = sample(scheduler, steps)
+        return (final * float("nan") if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) else final), *rest
+
+    comparison.sample = spoilt
+    found = {r.scheduler: r for r in comparison.run()[0]}
+    assert found["euler"].mse == math.inf and found["euler"].psnr == -math.inf
+    assert math.isfinite(found["ours-flow"].mse)
+
+
+@both
+def test_psnr_is_that_of_the_mse(family, folders, outputs):
+    wanted = converged(folders, family)
+    span = (wanted.max() - wanted.min()).item()
+    for result in results_of(outputs[family]).values():
+        if math.isfinite(result["mse"]):
+            assert result["psnr"] == pytest.approx(10 * math.log10(span**2 / result["mse"]), abs=1e-2)
+
+
+@both
+def test_pictures_are_images(family, outputs):
+    for name, least in (("comparison.png", (600, 800)), ("error.png", (700, 400))):
+        with Image.open(outputs[family] / name) as image:
+            pixels = np.asarray(image.convert("RGB"))
+        height, width = pixels.shape[:2]
+        assert least[0] <= width <= 4000 and least[1] <= height <= 8000
+        assert (pixels == 255).all(-1).mean() < 0.99  # something is drawn
+        assert (pixels[:3] == 255).all()  # on white
+    names = {p.name for p in outputs[family].iterdir()}
+    assert names == {"comparison.json", "comparison.png", "error.png"}
+
+
+def test_table_names_spacing_calls_and_the_best(folders):
+    config = settings(folders, "flow", nfe=[3, 4])
+    rows = [
+        ("ours", 3, "searched", 3, 0.01, True), ("ours", 4, "derived", 4, 0.03, True),
+        ("euler", 3, "karras", 3, 0.04, False), ("euler", 4, "uniform", 4, 0.02, False),
+        ("heun", 3, "uniform", 3, 0.05, False), ("heun", 4, "uniform", 3, 0.06, False),
+    ]  # fmt: skip
+    results = [Result(n, nfe, s, calls, mse, 1.0, 0.1, searched) for n, nfe, s, calls, mse, searched in rows]
+    lines = table(results, config, 2e-5).splitlines()
+    cells = {line.split("  ")[0].strip(): line for line in lines if line}
+    assert "0.04 (karras)*" in cells["euler"] and "0.02 (uniform)*" in cells["euler"]
+    assert "0.05 (uniform) " in cells["heun"] and "0.06 (uniform, 3 calls)" in cells["heun"]
+    assert "0.01 (searched)" in cells["ours"] and "0.03 (derived)" in cells["ours"]
+    assert cells["ours / best *"].split()[-2:] == ["0.25", "1.50"]
+    assert "2e-05" in lines[-1] and f"{STEPS} steps, {SAMPLES} test samples" in lines[1]
+
+
+@both
+def test_command_prints_the_table(family, folders, tmp_path, capsys):
+    config = settings(folders, family, output_dir=str(tmp_path / "out"))
+    main(words(config))
+    text = capsys.readouterr().out
+    for name, result in results_of(tmp_path / "out").items():
+        [line] = [row for row in text.splitlines() if row.startswith(name + " ") and "/ best" not in row]
+        assert f"({result['spacing']}" in line and f"{result['mse']:.3g}" in line
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+@both
+def test_solver_of_the_other_family_is_refused(family, folders, tmp_path, capsys):
+    other = "vp" if family == "flow" else "flow"
+    config = settings(folders, family, solver=[str(folders / f"ours-{other}")], output_dir=str(tmp_path / "out"))
+    line = refused(capsys, lambda: main(words(config)))
+    assert line.startswith("dssolver_search compare: error: ") and f"is for {other} models" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("spoil", ["truncated", "list", "empty", "no rows"])
+def test_spoilt_solver_is_refused(spoil, folders, tmp_path, capsys):
+    text = (folders / "ours-flow" / "scheduler_config.json").read_text()
+    config = json.loads(text)
+    config["solvers"]["3"]["coefficients"] = []
+    spoilt = {"truncated": text[: len(text) // 2], "list": "[1]", "empty": "", "no rows": json.dumps(config)}[spoil]
+    (tmp_path / "scheduler_config.json").write_text(spoilt)
+    line = refused(
+        capsys,
+        lambda: main(words(settings(folders, "flow", solver=[str(tmp_path)], output_dir=str(tmp_path / "out")))),
+    )
+    assert ("solvers['3']" if spoil == "no rows" else tmp_path.name) in line
+    assert [p.name for p in tmp_path.iterdir()] == ["scheduler_config.json"]
+
+
+def test_absent_solver_and_unknown_scheduler_are_refused(folders, tmp_path, capsys):
+    config = settings(folders, "flow", solver=[str(tmp_path / "absent")], output_dir=str(tmp_path / "out"))
+    assert "absent" in refused(capsys, lambda: main(words(config)))
+    config = settings(folders, "flow", solver=[], output_dir=str(tmp_path / "out"))
+    line = refused(capsys, lambda: main([*words(config), "--schedulers", "euler", "leapfrog"]))
+    assert "'leapfrog' is unknown; known: unipc, " in line
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,91 @@
+"""Every block of the README is executed: Python as it stands, commands with smaller settings appended."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from diffusers import DiTPipeline
+from tiny_pipelines import make_dit
+
+from diffusers_dssolver import published_solvers
+from diffusers_dssolver.published import published_config
+from dssolver_search.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SMALLER = {
+    "search": "--nfe 5 8 --trials 4 --num_train_samples 4 --num_validation_samples 4 --teacher_steps 20 --fill_nfe",
+    "compare": "--nfe 5 8 --num_samples 4 --reference_steps 20 --schedulers unipc euler",
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_every_block_is_known():
+    """A new kind of block needs a way to be executed."""
+    assert README.count("```") == 2 * (len(blocks("python")) + len(blocks("bash")))
+    assert len(blocks("python")) == 2
+    assert len(blocks("bash")) == 4
+
+
+def test_first_screen_runs_with_the_published_solver(monkeypatch):
+    pipe = make_dit()
+    monkeypatch.setattr(DiTPipeline, "from_pretrained", classmethod(lambda cls, name, **kwargs: pipe))
+    scope: dict = {}
+    exec(blocks("python")[0], scope)
+    assert pipe.scheduler.config.provenance["model"] == "DiT-XL/2, ImageNet 256x256"
+    assert pipe.scheduler.num_inference_steps in pipe.scheduler.tables
+    assert scope["image"].size[0] > 0
+
+
+def test_search_compare_and_use_as_written(tmp_path, monkeypatch, capsys):
+    """The three blocks on the embedded model, one after the other, in a folder that looks like a checkout."""
+    (tmp_path / "search").mkdir()
+    shutil.copytree(ROOT / "search" / "demo" / "flow", tmp_path / "search" / "demo" / "flow")
+    monkeypatch.chdir(tmp_path)
+    commands = [shlex.split(block) for block in blocks("bash") if "dssolver_search" in block]
+    assert [command[command.index("dssolver_search") + 1] for command in commands] == ["search", "compare"]
+    for command in commands:
+        name, *arguments = command[command.index("dssolver_search") + 1 :]
+        main([name, *arguments, *SMALLER[name].split()])
+    printed = capsys.readouterr().out
+    assert "network evaluations" in printed
+    assert "runs/flow / best *" in printed or "flow / best *" in printed
+    assert (tmp_path / "runs" / "compare" / "comparison.png").is_file()
+    scope: dict = {}
+    exec(blocks("python")[1], scope)
+    assert len(scope["images"]) == 2
+    assert scope["pipe"].scheduler.tables == (5, 8)
+
+
+def test_make_targets_and_install_line_exist():
+    targets = re.findall(r"make ([\w-]+)", "".join(blocks("bash"))) + re.findall(r"`make ([\w-]+)", README)
+    assert {"demo", "test", "lint", "bench"} <= set(targets)
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    for target in set(targets):
+        done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, env=os.environ)
+        assert done.returncode == 0, done.stderr
+    assert 'name = "diffusers-dssolver"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
+def test_table_of_solvers_is_the_truth():
+    rows = []
+    for name in published_solvers():
+        config = published_config(name)
+        counts = ", ".join(str(n) for n in sorted(map(int, config["solvers"])))
+        rows.append(f"| `{name}` | {config['provenance']['model']} | {counts} |")
+    assert README.split("<!-- solvers -->\n")[1].split("\n\n")[0].splitlines()[2:] == rows
+
+
+def test_links_of_the_readme_lead_somewhere():
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
