@@ -9,7 +9,7 @@ A smooth warp finds the shape that free node logits miss (they have many local m
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -24,9 +24,13 @@ from .teacher import Reference
 
 Warp = tuple[float, float, float]
 Reduce = Callable[[Tensor], Tensor]
+Samples = tuple[Sequence[int], Reference]
 IDENTITY: Warp = (0.0, 0.0, 0.0)
 MAX_WARP = 15.0  # beyond it step sizes vanish in float64
+KEEP = 5  # warps that are fitted again to all training samples
 RIDGE_FACTORS = (10, 100)  # tried on the best warp besides the ridge that the search ran with
+
+FINAL_FITS = KEEP + len(RIDGE_FACTORS)
 
 
 def warped_nodes(warp: Sequence[float], nfe: int) -> Tensor:
@@ -62,13 +66,23 @@ class RowFit:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One fitted solver: where its warp and ridge are, and its final-state mse on the samples it was fitted to."""
+    """One fitted solver.
+
+    Attributes:
+        warp, ridge: what it was fitted with.
+        raw: its nodes before the path's first node and any resolution shift, (N+1,) float64.
+        spec: the solver as it is published.
+        train_mse, validation_mse: of final states, on the samples it was fitted to and on held-out ones.
+        offsets: as in `ProbeScheduler.prepare`.
+    """
 
     warp: Warp
     ridge: float
+    raw: Tensor
     spec: SolverSpec
     train_mse: float
     validation_mse: float = float("nan")
+    offsets: Tensor | None = None
 
 
 @dataclass
@@ -78,69 +92,84 @@ class ClosedForm:
     Args:
         sampler, probe: the pipeline and the scheduler that runs in it.
         train, validation: this process's sample indices and reference of each split.
+        num_trial_samples: so many of this process's training samples serve to compare warps.
         reduce: sum over processes.
         on_trial: called after every fit with its candidate.
     """
 
     sampler: Sampler
     probe: ProbeScheduler
-    train: tuple[Sequence[int], Reference]
-    validation: tuple[Sequence[int], Reference]
+    train: Samples
+    validation: Samples
+    num_trial_samples: int
     reduce: Reduce
     on_trial: Callable[[Candidate], None] = field(default=lambda candidate: None)
 
-    def fit(self, nfe: int, warp: Sequence[float], ridge: float) -> Candidate:
-        """Closed-form rows on warped nodes; nfe evaluations a sample."""
-        indices, reference = self.train
-        nodes = warped_nodes(warp, nfe)
-        angles = self.probe.angle(self.probe.final_nodes(nodes))
+    def fit(self, nfe: int, warp: Sequence[float], ridge: float, samples: Samples | None = None) -> Candidate:
+        """Closed-form rows on warped nodes, fitted to these training samples (all); nfe evaluations a sample."""
+        indices, reference = samples or self.train
+        raw = warped_nodes(warp, nfe)
+        angles = self.probe.angle(self.probe.final_nodes(raw))
         targets = [reference.at(angle) for angle in angles]
-        self.probe.prepare(nodes, targets=targets, row_solver=RowFit(ridge, self.reduce))
+        self.probe.prepare(raw, targets=targets, row_solver=RowFit(ridge, self.reduce))
         states = run(self.sampler, self.probe, indices, "train", nfe)
-        candidate = Candidate((*map(float, warp),), ridge, self.probe.spec(), self._mse(states[-1], reference))  # type: ignore[arg-type]
+        a, b, c = map(float, warp)
+        candidate = Candidate((a, b, c), ridge, raw, self.probe.spec(), self._mse(states[-1], reference))
         self.on_trial(candidate)
         return candidate
 
-    def score(self, nodes: Tensor, rows: Sequence[Sequence[float]] | None, order: int = 2) -> float:
-        """Final-state mse on the validation samples: fitted rows, or classical ones of this order; nodes unshifted."""
-        indices, reference = self.validation
-        self.probe.prepare(nodes, rows, order=order)
-        return self._mse(run(self.sampler, self.probe, indices, "validation", len(nodes) - 1)[-1], reference)
+    def errors(
+        self,
+        split: str,
+        raw: Tensor,
+        rows: Sequence[Sequence[float]] | None,
+        *,
+        order: int = 2,
+        offsets: Tensor | None = None,
+    ) -> Tensor:
+        """Final states minus the reference's, (B, ...), of this process's samples of a split: given rows, or classical
+        ones of this order."""
+        indices, reference = self.train if split == "train" else self.validation
+        self.probe.prepare(raw, rows, order=order, offsets=offsets)
+        final = run(self.sampler, self.probe, indices, split, len(raw) - 1)[-1]
+        return final[: len(indices)] - reference.final.to(final)
+
+    def score(self, raw: Tensor, rows: Sequence[Sequence[float]] | None, order: int = 2) -> float:
+        """Final-state mse on the validation samples."""
+        return self.mean_square(self.errors("validation", raw, rows, order=order))
 
     def validated(self, candidate: Candidate) -> Candidate:
-        nodes = warped_nodes(candidate.warp, candidate.spec.nfe)
-        score = self.score(nodes, candidate.spec.coefficients)
-        return Candidate(candidate.warp, candidate.ridge, candidate.spec, candidate.train_mse, score)
+        """The candidate with its validation error measured."""
+        return replace(candidate, validation_mse=self.score(candidate.raw, candidate.spec.coefficients))
 
-    def search(
-        self, nfe: int, trials: int, ridge: float, start: Sequence[float] = IDENTITY, keep: int = 5
-    ) -> Candidate:
-        """The best on validation samples of the `keep` best of `trials` fits, each also with ridge x 10 and x 100."""
+    def search(self, nfe: int, trials: int, ridge: float) -> Candidate:
+        """Warps are compared on the trial samples; the `KEEP` best are fitted again to all of them, the best of these
+        also with larger ridges, and the best on validation samples is returned."""
         seen: list[Candidate] = []
+        indices, reference = self.train
+        few = self.num_trial_samples
+        trial = indices[:few], Reference(reference.angles, reference.states[:, :few])
 
         def objective(warp: np.ndarray) -> float:
             if np.abs(warp).sum() > MAX_WARP:
                 return np.inf
-            seen.append(self.fit(nfe, warp.tolist(), ridge))
+            seen.append(self.fit(nfe, warp.tolist(), ridge, trial))
             return np.log(seen[-1].train_mse + 1e-30)
 
-        simplex = np.array([start, *(np.array(start) + 0.8 * np.eye(3))])
-        minimize(
-            objective,
-            np.array(start),
-            method="Nelder-Mead",
-            options={"maxfev": trials, "initial_simplex": simplex, "xatol": 1e-2, "fatol": 1e-3},
-        )
-        finalists = sorted(seen, key=lambda c: c.train_mse)[:keep]
-        best = finalists[0]
-        finalists += [self.fit(nfe, best.warp, best.ridge * factor) for factor in RIDGE_FACTORS]
+        simplex = np.array([IDENTITY, *(0.8 * np.eye(3))])
+        options = {"maxfev": trials, "initial_simplex": simplex, "xatol": 1e-2, "fatol": 1e-3}
+        minimize(objective, np.array(IDENTITY), method="Nelder-Mead", options=options)
+        finalists = [self.fit(nfe, c.warp, ridge) for c in sorted(seen, key=lambda c: c.train_mse)[:KEEP]]
+        best = min(finalists, key=lambda c: c.train_mse)
+        finalists += [self.fit(nfe, best.warp, ridge * factor) for factor in RIDGE_FACTORS]
         return min(map(self.validated, finalists), key=lambda c: c.validation_mse)
 
-    def _mse(self, final: Tensor, reference: Reference) -> float:
-        """Mean squared error of final states over every process's samples."""
-        wanted = reference.final.to(final)
-        error = (final[: wanted.shape[0]] - wanted).double()
-        total = self.reduce(
-            torch.stack([error.square().sum(), torch.tensor(error.numel(), dtype=torch.float64).to(error.device)])
-        )
+    def mean_square(self, errors: Tensor) -> float:
+        """Over every process's samples."""
+        count = torch.tensor(errors.numel(), dtype=torch.float64, device=errors.device)
+        total = self.reduce(torch.stack([errors.double().square().sum(), count]))
         return float(total[0] / total[1])
+
+    def _mse(self, final: Tensor, reference: Reference) -> float:
+        wanted = reference.final.to(final)
+        return self.mean_square(final[: len(wanted)] - wanted)

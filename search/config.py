@@ -61,11 +61,13 @@ class SearchConfig(ModelConfig):
     """Settings of `search`."""
 
     method: str = option("closed_form (forward evaluations only) or paper (Algorithm 1 and 2)", default="closed_form")
-    num_train_samples: int = option("closed_form: samples that rows are fitted to", default=32)
+    num_train_samples: int = option("closed_form: samples that rows are fitted to", default=64)
+    num_trial_samples: int = option("closed_form: so many of them compare warps", default=32)
     num_validation_samples: int = option("held-out samples that choose between candidates", default=32)
     teacher_steps: int = option("steps of the reference", default=200)
     teacher_order: int = option("order of the reference, 1 to 3", default=3)
     trials: int = option("closed_form: warps tried per NFE", default=60)
+    polish: int = option("closed_form: Gauss-Newton iterations after it, forward evaluations too", default=1)
     ridge: float = option("closed_form: pull of each row towards the classical one", default=1e-4)
     fill_nfe: list[int] = option(
         "closed_form: other step counts that get a table, first and last", default_factory=lambda: [3, 20]
@@ -80,6 +82,7 @@ class SearchConfig(ModelConfig):
         super().__post_init__()
         _require(self, "method", self.method in METHODS, " or ".join(METHODS))
         _require(self, "teacher_order", self.teacher_order in (1, 2, 3), "1, 2 or 3")
+        _require(self, "polish", self.polish >= 0, "0 or more")
         _require(self, "ridge", self.ridge > 0, "above 0")
         _require(self, "learning_rate", self.learning_rate > 0, "above 0")
         _require(
@@ -91,6 +94,7 @@ class SearchConfig(ModelConfig):
         _require(self, "teacher_steps", self.teacher_steps > max(self.nfe), "more than the largest NFE")
         for name in (
             "num_train_samples",
+            "num_trial_samples",
             "num_validation_samples",
             "trials",
             "num_generated_samples",

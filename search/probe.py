@@ -42,6 +42,7 @@ class ProbeScheduler(DSSolverScheduler):
         rows: Rows | None = None,
         *,
         order: int = 2,
+        offsets: Tensor | None = None,
         targets: Sequence[Tensor] | None = None,
         row_solver: RowSolver | None = None,
     ) -> None:
@@ -50,10 +51,11 @@ class ProbeScheduler(DSSolverScheduler):
         Args:
             nodes: (N+1,) float64 in [0, 1] before any resolution shift, falling to 0; with a graph: gradients flow.
             rows: N rows of weights, floats or 0-dim tensors; None: classical rows of this order for these nodes.
+            offsets: (N,), what the network is fed in place of each node, minus that node (after the shift); None: 0.
             targets: N+1 reference states to fit rows to, for `row_solver`.
             row_solver: given, every row but the first is classical + the corrections that it returns.
         """
-        self._plan = (nodes, rows, order)
+        self._plan = (nodes, rows, order, offsets)
         self._targets, self._row_solver = targets, row_solver
 
     def final_nodes(self, nodes: Tensor) -> Tensor:
@@ -77,7 +79,7 @@ class ProbeScheduler(DSSolverScheduler):
     ) -> None:
         """As the parent's, for the arguments a pipeline gives; then the prepared nodes and rows are put in place."""
         super().set_timesteps(num_inference_steps, device, timesteps, sigmas, mu)
-        raw, rows, order = self._plan
+        raw, rows, order, offsets = self._plan
         if self.num_inference_steps != len(raw) - 1:
             raise ValueError(f"the pipeline asks for {self.num_inference_steps} steps, the search for {len(raw) - 1}")
         self._live = raw.requires_grad
@@ -86,9 +88,11 @@ class ProbeScheduler(DSSolverScheduler):
         nodes = self.final_nodes(raw)
         if rows is None:
             rows = classical(nodes.detach().tolist(), self._path, order).coefficients
-        self._install_tensors(nodes, self._path.timestep(nodes[:-1]), rows, device)
+        fed = nodes[:-1] if offsets is None else (nodes[:-1] + offsets).clamp(0, 1)
+        self._install_tensors(nodes, self._path.timestep(fed), rows, device)
         self._needed = [i + 1 for i in range(len(raw) - 1)] if self._row_solver else self._needed
         self.nodes, self.states, self.rows = nodes, [], []
+        self._fed = None if offsets is None else self._path.timestep(fed).tolist()
 
     def step(
         self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Any = None, return_dict: bool = True
@@ -126,7 +130,7 @@ class ProbeScheduler(DSSolverScheduler):
         n = len(self.timesteps)
         rows = [[float(w) for w in row] for row in self.rows]
         full = [[0.0] * (i + 1 - len(row)) + row for i, row in enumerate(rows)]
-        return SolverSpec(self.nodes.detach().tolist()[: n + 1], full)
+        return SolverSpec(self.nodes.detach().tolist()[: n + 1], full, self._fed)
 
 
 def run(sampler: Sampler, probe: ProbeScheduler, indices: Sequence[int], split: str, nfe: int) -> list[Tensor]:

@@ -23,15 +23,17 @@ from tqdm.auto import tqdm
 from diffusers_dssolver import DSSolverScheduler
 from diffusers_dssolver.solver import SolverSpec
 
-from .closed_form import IDENTITY, RIDGE_FACTORS, Candidate, ClosedForm, warped_nodes
+from .closed_form import FINAL_FITS, IDENTITY, Candidate, ClosedForm, warped_nodes
 from .config import SearchConfig
 from .fit import fit
 from .objective import paper_loss
 from .parameters import PaperParameters
+from .polish import Polish, polish
 from .probe import ProbeScheduler, run
 from .sampling import Sampler, load_pipeline, read_prompts
 from .teacher import Reference, reference
 
+SOLVER_KEYS = ("nodes", "timesteps", "coefficients")
 STATE, METRICS = "search_state.json", "metrics.jsonl"
 
 
@@ -61,6 +63,7 @@ class Search:
             self.probe,
             references.get("train", references["validation"]),
             references["validation"],
+            -(-self.config.num_trial_samples // self.accelerator.num_processes),
             self._reduce,
             self._log_trial,
         )
@@ -79,8 +82,9 @@ class Search:
             print(self.table())
 
     def _closed_form(self, form: ClosedForm, nfe: int) -> dict[str, Any]:
-        fits = self.config.trials + len(RIDGE_FACTORS)
-        with tqdm(total=fits, desc=f"closed form, {nfe} calls", disable=not self.accelerator.is_main_process) as bar:
+        quiet = not self.accelerator.is_main_process
+        fits = self.config.trials + FINAL_FITS
+        with tqdm(desc=f"closed form, {nfe} calls", unit="fit", total=fits, disable=quiet) as bar:
 
             def on_trial(candidate: Candidate) -> None:
                 bar.set_postfix(mse=f"{candidate.train_mse:.3g}", refresh=False)
@@ -88,6 +92,11 @@ class Search:
                 self._log_trial(candidate)
 
             found = replace(form, on_trial=on_trial).search(nfe, self.config.trials, self.config.ridge)
+        record = {"nfe": nfe, "closed_form_validation_mse": found.validation_mse}
+        self._log({**record, "network_evaluations": self._evaluations()})
+        differences = self.config.polish * Polish(form, found).count
+        with tqdm(desc=f"polish, {nfe} calls", unit="difference", total=differences, disable=quiet) as bar:
+            found = polish(form, found, self.config.polish, lambda: (bar.update(), None)[1])
         return _entry(found)
 
     def _filled(self, form: ClosedForm, nfe: int) -> dict[str, Any]:
@@ -164,7 +173,7 @@ class Search:
         self._log(
             {
                 "nfe": nfe,
-                **{k: v for k, v in entry.items() if k not in ("nodes", "coefficients")},
+                **{k: v for k, v in entry.items() if k not in SOLVER_KEYS},
                 "total_network_evaluations": self._evaluations(),
             }
         )
@@ -174,7 +183,7 @@ class Search:
     def write(self) -> None:
         """`scheduler_config.json` and the state, each renamed into place."""
         kept = {n: e for n, e in self.state["solvers"].items() if e["kind"] != "dropped"}
-        solvers = {n: {k: e[k] for k in ("nodes", "coefficients")} for n, e in kept.items()}
+        solvers = {n: {k: e[k] for k in SOLVER_KEYS if k in e} for n, e in kept.items()}
         config = {
             k: v for k, v in self.sampler.pipe.scheduler.config.items() if k not in ("solvers", "provenance", "strict")
         }

@@ -5,6 +5,7 @@ The models are random one-layer transformers made slow in time, so that a few do
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 
@@ -24,10 +25,11 @@ from diffusers_dssolver.paths import FlowPath, VPPath, make_betas
 from diffusers_dssolver.pipelines import SiTPipeline
 from dssolver_search import run as run_module
 from dssolver_search.cli import main
-from dssolver_search.closed_form import ClosedForm, RowFit, warped_nodes
+from dssolver_search.closed_form import FINAL_FITS, ClosedForm, RowFit, warped_nodes
 from dssolver_search.fit import fit
 from dssolver_search.objective import paper_loss
 from dssolver_search.parameters import PaperParameters
+from dssolver_search.polish import DAMPINGS, Polish, polish
 from dssolver_search.probe import ProbeScheduler, run
 from dssolver_search.sampling import Sampler, load_pipeline
 from dssolver_search.teacher import Reference, reference
@@ -93,7 +95,7 @@ def searched(family):
     sampler = make_sampler(make_pipe(family))
     train, validation = (quiet_reference(sampler, range(4), split, 60) for split in ("train", "validation"))
     probe = make_probe(sampler.pipe)
-    return ClosedForm(sampler, probe, (range(4), train), (range(4), validation), alone), sampler
+    return ClosedForm(sampler, probe, (range(4), train), (range(4), validation), 4, alone), sampler
 
 
 class Recording:
@@ -258,15 +260,81 @@ def test_last_row_is_the_best_and_the_whole_beats_classical_rows(family):
 def test_search_returns_its_best_on_held_out_samples(family):
     form, _ = searched(family)
     trials = []
-    form = ClosedForm(form.sampler, form.probe, form.train, form.validation, alone, trials.append)
-    found = form.search(3, trials=7, ridge=1e-4, keep=2)
-    assert len(trials) == 7 + 2
+    form = ClosedForm(form.sampler, form.probe, form.train, form.validation, 2, alone, trials.append)
+    found = form.search(3, trials=7, ridge=1e-4)
+    assert len(trials) == 7 + FINAL_FITS
     assert [t.warp for t in trials[:4]] == [(0, 0, 0), (0.8, 0, 0), (0, 0.8, 0), (0, 0, 0.8)]
-    first = sorted(trials[:7], key=lambda t: t.train_mse)[:2]
-    assert [(t.warp, t.ridge) for t in trials[7:]] == [(first[0].warp, 1e-3), (first[0].warp, 1e-2)]
-    scores = [form.score(warped_nodes(t.warp, 3), t.spec.coefficients) for t in [*first, *trials[7:]]]
+    few = Reference(form.train[1].angles, form.train[1].states[:, :2])
+    assert trials[1].spec == form.fit(3, (0.8, 0, 0), 1e-4, (range(2), few)).spec  # warps are compared on two samples
+    best = sorted(trials[:7], key=lambda t: t.train_mse)[:5]
+    again = trials[7:12]
+    assert [t.warp for t in again] == [t.warp for t in best]
+    assert again[0].spec == form.fit(3, best[0].warp, 1e-4).spec  # and fitted again to all four
+    first = min(again, key=lambda t: t.train_mse)
+    assert [(t.warp, t.ridge) for t in trials[12:14]] == [(first.warp, 1e-3), (first.warp, 1e-2)]
+    scores = [form.score(warped_nodes(t.warp, 3), t.spec.coefficients) for t in trials[7:14]]
     assert found.validation_mse == pytest.approx(min(scores), rel=1e-6)
     assert found.validation_mse < 0.8 * min(form.score(warped_nodes((0, 0, 0), 3), None, o) for o in (1, 2, 3))
+
+
+# --- polish -----------------------------------------------------------------------------------------------------------
+
+
+@both
+def test_polish_starts_at_the_candidate(family):
+    form, _ = searched(family)
+    found = form.fit(3, WARP, 1e-4)
+    problem = Polish(form, found)
+    raw, rows, offsets = problem.solver(torch.zeros(problem.count, dtype=torch.float64))
+    assert problem.count == 2 + 3 + 3
+    torch.testing.assert_close(raw, found.raw, rtol=0, atol=1e-14)
+    assert [pytest.approx(row, abs=1e-14) for row in found.spec.coefficients] == rows
+    assert not offsets.any()
+    raw, rows, offsets = problem.solver(torch.randn(problem.count, dtype=torch.float64))
+    assert raw[0] == 1 and raw[-1] == 0 and (raw.diff() < 0).all()
+    assert all(sum(row) == pytest.approx(1, abs=1e-12) for row in rows) and offsets.all()
+
+
+@both
+def test_polish_step_is_the_gauss_newton_step(family):
+    """Against central differences and numpy's least squares on the damped system."""
+    form, _ = searched(family)
+    problem = Polish(form, form.fit(3, WARP, 1e-4))
+    start = torch.zeros(problem.count, dtype=torch.float64)
+
+    def errors(parameters):
+        return problem.errors("train", parameters).flatten().double().numpy()
+
+    columns = []
+    for k in range(problem.count):
+        move = torch.zeros_like(start)
+        move[k] = 1e-2
+        columns.append((errors(start + move) - errors(start - move)) / 2e-2)
+    jacobian = np.stack(columns, 1)
+    jacobian[:, -3] = 0 if family == "vp" else jacobian[:, -3]  # the first node cannot be fed a noisier time
+    for damping, got in zip(DAMPINGS, problem.step(start, lambda: None), strict=True):
+        scale = np.sqrt(damping * np.maximum((jacobian**2).sum(0), 1e-9))
+        system = np.concatenate([jacobian, np.diag(scale)])
+        wanted = np.linalg.lstsq(system, -np.concatenate([errors(start), 0 * scale]))[0]
+        predicted = np.square(errors(start) + jacobian @ wanted).mean()
+        reached = np.square(errors(start) + jacobian @ got.numpy()).mean()
+        assert reached < 1.2 * predicted + 1e-9
+        assert predicted < 0.95 * np.square(errors(start)).mean()
+
+
+@both
+def test_polish_lowers_the_held_out_error_or_leaves_the_candidate_alone(family):
+    form, _ = searched(family)
+    found = form.validated(form.fit(4, (0.0, 0.0, 0.0), 1e-4))
+    calls = []
+    better = polish(form, found, 2, lambda: calls.append(0))
+    assert len(calls) in (Polish(form, found).count, 2 * Polish(form, found).count)
+    assert better.validation_mse < 0.97 * found.validation_mse
+    again = form.mean_square(form.errors("validation", better.raw, better.spec.coefficients, offsets=better.offsets))
+    assert again == pytest.approx(better.validation_mse, rel=1e-5)
+    assert better.spec.timesteps is not None
+    unbeatable = dataclasses.replace(found, validation_mse=0.0)
+    assert polish(form, unbeatable, 1) is unbeatable
 
 
 # --- references -------------------------------------------------------------------------------------------------------
@@ -606,7 +674,7 @@ def test_best_validation_is_put_in_place():
 
 CLOSED_FORM = {
     "nfe": [3, 4], "fill_nfe": [3, 5], "trials": 6, "num_train_samples": 4, "num_validation_samples": 3,
-    "teacher_steps": 20, "guidance_scale": 1.5, "batch_size": 4, "seed": 5,
+    "num_trial_samples": 3, "teacher_steps": 20, "guidance_scale": 1.5, "batch_size": 4, "seed": 5,
 }  # fmt: skip
 PAPER = {
     "method": "paper", "nfe": [3], "num_generated_samples": 8, "train_batch_size": 4, "reference_steps": 10,
@@ -687,17 +755,23 @@ def test_files_and_evaluations_of_a_search(family, results):
         "scheduler_config.json", "search_state.json", "metrics.jsonl", "cache",
     }  # fmt: skip
     assert len(list((folder / "cache").iterdir())) == 2
-    # trials: 6 + two more ridges; held out: the best five and those two; kept: three classical orders; all guided
+    # trials: 6 on three samples, the best five again and two more ridges on all four, these seven held out; polish:
+    # where it stands and every difference, three dampings held out, where it ends; three classical orders; all guided
     trials = [r for r in records if "train_mse" in r]
     kept = {r["nfe"]: r for r in records if "kind" in r}
-    assert [r["nfe"] for r in trials] == [3] * 8 + [4] * 8 + [5]
-    by_nfe = {n: 2 * n * (4 * 8 + 3 * 7 + 3 * 3) for n in (3, 4)} | {5: 2 * 5 * (4 + 3 + 3 * 3)}
+    assert [r["nfe"] for r in trials] == [3] * 13 + [4] * 13 + [5]
+    solvers = json.loads((folder / "scheduler_config.json").read_text())["solvers"]
+    polished = {3: 8, 4: 13}
+    by_nfe = {5: 2 * 5 * (4 + 3 + 3 * 3)}
+    for n, differences in polished.items():
+        polish_rows = 4 * (1 + differences) + 3 * 3 + 4 * ("timesteps" in solvers[str(n)])
+        by_nfe[n] = 2 * n * (3 * 6 + 4 * 7 + 3 * 7 + polish_rows + 3 * 3)
     assert {n: r["network_evaluations"] for n, r in kept.items()} == by_nfe
     teacher = 2 * 20 * (4 + 3)
     state = json.loads((folder / "search_state.json").read_text())
     assert state["network_evaluations"] == teacher + sum(by_nfe.values())
     totals = [r.get("total_network_evaluations", r["network_evaluations"]) for r in records]
-    assert totals == sorted(totals) and totals[0] == teacher + 2 * 3 * 4 and totals[-1] == state["network_evaluations"]
+    assert totals == sorted(totals) and totals[0] == teacher + 2 * 3 * 3 and totals[-1] == state["network_evaluations"]
 
 
 def test_finished_search_is_not_done_again(models, results, capsys):
