@@ -210,6 +210,7 @@ class Search:
                 "validation": config.num_validation_samples,
             },
             "seed": config.seed,
+            "processes": self.accelerator.num_processes,
             "network_evaluations": self.state["network_evaluations"],
             "results": {
                 n: {
