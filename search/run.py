@@ -121,12 +121,12 @@ class Search:
             euler = reference(
                 self.sampler, self.probe, batch, "train", config.reference_steps, 1, len(batch), progress=False
             )
-            self.probe.prepare(parameters.nodes(), parameters.rows())
+            nodes = parameters.nodes()
+            self.probe.prepare(nodes, parameters.rows())
             before = self.sampler.network_evaluations
             states = run(self.sampler, self.probe, batch, "train", nfe)
             self.sampler.network_evaluations += 2 * (self.sampler.network_evaluations - before)  # the backward pass
-            angles = self.probe.angle(self.probe.nodes)
-            wanted = [euler.nearest(angle).to(states[0].device) for angle in angles]
+            wanted = [euler.nearest(node).to(states[0].device) for node in nodes]
             return paper_loss([s[: len(batch)] for s in states], wanted) * len(batch) / config.train_batch_size
 
         def validate() -> float:

@@ -48,9 +48,10 @@ class Reference:
         ]
         return torch.einsum("p,p...->...", torch.stack(weights).to(self.states.dtype), self.states[first : first + 4])
 
-    def nearest(self, angle: Tensor) -> Tensor:
-        """The states at the nearest node (Alg. 1 of the paper)."""
-        return self.states[int((self.angles - angle.detach()).abs().argmin())]
+    def nearest(self, node: Tensor) -> Tensor:
+        """The states at the nearest of the L+1 times (Alg. 1 of the paper), which are uniform before any shift, as
+        `node` (0-dim) is."""
+        return self.states[round((1 - float(node.detach())) * (len(self.states) - 1))]
 
 
 def reference(
