@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
 from dssolver_search.compare import Result, table
 
 SEARCH = Path(__file__).resolve().parent.parent / "search"
