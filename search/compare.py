@@ -214,19 +214,23 @@ def table(results: list[Result], config: CompareConfig, uncertainty: float) -> s
         n: min((r for r in results if r.nfe == n and not r.searched), key=lambda r: r.mse, default=None)
         for n in config.nfe
     }
-    width = max([len(n) for n in names] + [12])
-    lines = ["", f"final-state mse against {config.reference_steps} steps, {config.num_samples} test samples", ""]
-    lines.append(f"{'':{width}} " + " ".join(f"{f'NFE {n}':>20}" for n in config.nfe))
+    searched = [name for name in names if by[name, config.nfe[0]].searched]
+    rows = [["", *(f"NFE {n}" for n in config.nfe)]]
     for name in names:
         cells = []
         for n in config.nfe:
             r = by[name, n]
             calls = "" if r.calls == n else f", {r.calls} calls"
-            cells.append(f"{f'{r.mse:.3g} ({r.spacing}{calls})' + ('*' if r is best[n] else ' '):>20}")
-        lines.append(f"{name:{width}} " + " ".join(cells))
-    for name in [n for n in names if by[n, config.nfe[0]].searched]:
-        ratios = [f"{by[name, n].mse / best[n].mse:.2f}" if best[n] else "-" for n in config.nfe]  # type: ignore[union-attr]
-        lines.append(f"{name + ' / best *':{width}} " + " ".join(f"{r + ' ':>20}" for r in ratios))
+            cells.append(f"{r.mse:.3g} ({r.spacing}{calls})" + ("*" if r is best[n] else " "))
+        rows.append([name, *cells])
+    for name in searched:
+        ratios = [f"{by[name, n].mse / b.mse:.2f} " if (b := best[n]) else "- " for n in config.nfe]
+        rows.append([f"{name} / best *", *ratios])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["", f"final-state mse against {config.reference_steps} steps, {config.num_samples} test samples", ""]
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]))
     lines += [
         "",
         f"in brackets each scheduler's best node spacing; mse of the reference against half of them: {uncertainty:.1g}",
