@@ -5,6 +5,8 @@ VENV ?= .venv
 RUNS ?= runs
 MODEL ?= flow
 BIN := $(VENV)/bin
+# accelerate gives a process one CPU thread unless told otherwise
+THREADS ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
 
 .PHONY: demo test test-slow lint bench clean
 
@@ -18,6 +20,7 @@ $(VENV)/.installed: pyproject.toml
 demo: $(VENV)/.installed
 	rm -rf "$(RUNS)/demo/$(MODEL)"
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		--num_cpu_threads_per_process $(THREADS) \
 		-m dssolver_search search --config search/recipes/demo.toml --pretrained_model_name_or_path search/demo/$(MODEL) \
 		--output_dir "$(RUNS)/demo/$(MODEL)/searched"
 	$(BIN)/python -m dssolver_search compare --config search/recipes/demo-compare.toml \
