@@ -46,9 +46,9 @@ def fit(
     Source: Chen et al., Symbolic Discovery of Optimization Algorithms, arXiv 2302.06675 (Lion); paper Sec. 5.
     """
     optimizer = Lion(parameters.parameters(), lr=learning_rate, weight_decay=0.0)
-    start, best, best_state, best_iteration = 0, float("inf"), _copy(parameters), 0
+    start, best, best_state = 0, float("inf"), _copy(parameters)
     if checkpoint and checkpoint.is_file():
-        start, best, best_iteration, best_state = _load(checkpoint, parameters, optimizer)
+        start, best, best_state = _load(checkpoint, parameters, optimizer)
     bar = tqdm(
         range(start, iterations),
         desc=description,
@@ -68,7 +68,7 @@ def fit(
         if done % validation_steps == 0 or done == iterations:
             error = validate()
             if error < best:
-                best, best_state, best_iteration = error, _copy(parameters), done
+                best, best_state = error, _copy(parameters)
             total = float(accelerator.reduce(loss.detach(), "sum"))
             log({"iteration": done, "loss": total, "validation_mse": error, "best_validation_mse": best})
             bar.set_postfix(loss=f"{total:.4g}", held_out=f"{error:.3g}", best=f"{best:.3g}")
@@ -78,7 +78,7 @@ def fit(
                     parameters,
                     optimizer,
                     best_state,
-                    {"done": done, "best": best, "best_iteration": best_iteration},
+                    {"done": done, "best": best},
                 )
     parameters.load_state_dict(best_state)
     return best
@@ -100,7 +100,7 @@ def _save(
     os.replace(partial, file)
 
 
-def _load(file: Path, parameters: nn.Module, optimizer: Lion) -> tuple[int, float, int, dict[str, Tensor]]:
+def _load(file: Path, parameters: nn.Module, optimizer: Lion) -> tuple[int, float, dict[str, Tensor]]:
     with safe_open(file, "pt") as stored:
         progress = json.loads(stored.metadata()["progress"])
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
@@ -109,4 +109,4 @@ def _load(file: Path, parameters: nn.Module, optimizer: Lion) -> tuple[int, floa
     for name, p in parameters.named_parameters():
         if f"momentum.{name}" in tensors:
             optimizer.state[p]["exp_avg"] = tensors[f"momentum.{name}"]
-    return progress["done"], progress["best"], progress["best_iteration"], {k: tensors[f"best.{k}"] for k in names}
+    return progress["done"], progress["best"], {k: tensors[f"best.{k}"] for k in names}
