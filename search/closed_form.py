@@ -18,6 +18,7 @@ from torch import Tensor
 
 from diffusers_dssolver.solver import SolverSpec
 
+from .parameters import nodes_from_logits
 from .probe import ProbeScheduler, run
 from .sampling import Sampler
 from .teacher import Reference
@@ -37,9 +38,7 @@ def warped_nodes(warp: Sequence[float], nfe: int) -> Tensor:
     """nfe + 1 nodes from 1 to 0 whose step sizes are softmax(a u + b u^2 + c u^3); (nfe + 1,) float64."""
     u = torch.linspace(-1, 1, nfe, dtype=torch.float64) if nfe > 1 else torch.zeros(1, dtype=torch.float64)
     powers = torch.stack([u, u**2, u**3])
-    sizes = torch.softmax(torch.tensor(warp, dtype=torch.float64) @ powers, 0)
-    nodes = 1 - torch.cumsum(sizes, 0)
-    return torch.cat([torch.ones(1, dtype=torch.float64), nodes[:-1], torch.zeros(1, dtype=torch.float64)])
+    return nodes_from_logits(torch.tensor(warp, dtype=torch.float64) @ powers)
 
 
 @dataclass

@@ -1,9 +1,18 @@
-"""Trainable tensors of the paper's search -> nodes and coefficients."""
+"""Numbers that are searched -> nodes and coefficients."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+
+def nodes_from_logits(logits: Tensor) -> Tensor:
+    """(N,) float64 -> (N+1,) nodes from exactly 1 to exactly 0 whose step sizes are softmax(logits); differentiable.
+
+    Paper: Alg. 1, arXiv 2505.21114.
+    """
+    falling = 1 - torch.cumsum(torch.softmax(logits, 0), 0)
+    return torch.cat([torch.ones(1, dtype=torch.float64), falling[:-1], torch.zeros(1, dtype=torch.float64)])
 
 
 class PaperParameters(nn.Module):
@@ -27,9 +36,7 @@ class PaperParameters(nn.Module):
 
     def nodes(self) -> Tensor:
         """(N+1,) from 1 to 0, before any resolution shift."""
-        falling = 1 - torch.cumsum(torch.softmax(self.r, 0), 0)
-        ends = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-        return torch.cat([ends[0], falling[:-1], ends[1]])
+        return nodes_from_logits(self.r)
 
     def rows(self) -> list[list[Tensor]]:
         """N rows of 0-dim tensors, each summing to 1."""

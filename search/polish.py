@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .closed_form import Candidate, ClosedForm
+from .parameters import nodes_from_logits
 
 DIFFERENCE = 3e-3  # of a logit or a weight; final states are float32, so that smaller ones drown
 OFFSET_SCALE = 0.1  # one unit of an offset parameter, as a difference of nodes
@@ -35,9 +36,7 @@ class Polish:
         """parameters (count,) -> raw nodes (N+1,), rows, offsets (N,)."""
         n = self.nfe
         logits = torch.cat([self.logits[:-1] + parameters[: n - 1], self.logits[-1:]])
-        falling = 1 - torch.cumsum(torch.softmax(logits, 0), 0)
-        ends = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-        raw = torch.cat([ends[0], falling[:-1], ends[1]])
+        raw = nodes_from_logits(logits)
         rows, at = [], n - 1
         for i, row in enumerate(self.candidate.spec.coefficients):
             delta = parameters[at : at + i].tolist()
@@ -49,7 +48,7 @@ class Polish:
         raw, rows, offsets = self.solver(parameters)
         return self.form.errors(split, raw, rows, offsets=offsets)
 
-    def step(self, parameters: Tensor, on_call: Callable[[], None]) -> list[Tensor]:
+    def step(self, parameters: Tensor, on_call: Callable[[], object]) -> list[Tensor]:
         """The damped Gauss-Newton steps from here, one per damping."""
         here = self.errors("train", parameters).flatten().double()
         columns = []
@@ -66,7 +65,7 @@ class Polish:
 
 
 def polish(
-    form: ClosedForm, candidate: Candidate, iterations: int, on_call: Callable[[], None] = lambda: None
+    form: ClosedForm, candidate: Candidate, iterations: int, on_call: Callable[[], object] = lambda: None
 ) -> Candidate:
     """The candidate after so many Gauss-Newton steps, each kept only if it lowers the validation error.
 

@@ -96,7 +96,7 @@ class Search:
         self._log({**record, "network_evaluations": self._evaluations()})
         differences = self.config.polish * Polish(form, found).count
         with tqdm(desc=f"polish, {nfe} calls", unit="difference", total=differences, disable=quiet) as bar:
-            found = polish(form, found, self.config.polish, lambda: (bar.update(), None)[1])
+            found = polish(form, found, self.config.polish, bar.update)
         return _entry(found)
 
     def _filled(self, form: ClosedForm, nfe: int) -> dict[str, Any]:
