@@ -1,8 +1,10 @@
-"""Solvers for which no table was searched: classical rows on given nodes, and other step counts from searched ones.
+"""Solvers for which no table was searched: other step counts, other resolution shifts, grids of the user's own.
 
-The node curve of a searched solver, node as a function of i/N, is what carries over to other step counts; its weights
-do not (neighbouring searches sit in different minima), so derived solvers take classical rows for their nodes:
-Adams-Bashforth 2 on flow paths, DPM-Solver++(2M) on vp paths, the best of the classical ones there.
+The node curve of a searched solver, node as a function of i/N, carries over to other step counts. Its weights are the
+classical ones of its nodes plus a learned correction; under a resolution shift the correction is kept and the classical
+part is computed anew. Between step counts the correction is taken along only where that was measured to help
+(neighbouring searches may sit in different minima); else derived solvers have classical rows: Adams-Bashforth 2 on flow
+paths, DPM-Solver++(2M) on vp paths.
 """
 
 from __future__ import annotations
@@ -11,13 +13,16 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 
 from .paths import FlowPath, Path
-from .solver import SolverSpec
+from .solver import Row, SolverSpec
 
 Curve = Callable[[float], float]
+MIN_FACTOR, MAX_FACTOR = 1e-6, 1e6
+Number = TypeVar("Number", float, torch.Tensor)
 
 
 @dataclass(frozen=True)
@@ -33,11 +38,53 @@ class Shift:
 
     def __call__(self, sigmas: Sequence[float]) -> tuple[float, ...]:
         """N+1 falling sigmas, the last 0, to N+1 shifted ones."""
-        moved = [self.factor * s / (self.factor * s + (1 - s)) for s in sigmas]
+        moved = [warp(s, self.factor) for s in sigmas]
         if self.terminal and len(sigmas) > 2:
             scale = (1 - moved[-2]) / (1 - self.terminal)
             moved = [1 - (1 - s) / scale for s in moved[:-1]] + [0.0]
         return tuple(moved)
+
+    def map_to(self, other: Shift, nodes: Sequence[float]) -> Curve:
+        """The monotone map from sigmas that were shifted by this to the same shifted by `other` instead, for a solver
+        with these N+1 nodes. A stretch is undone so that the last call falls where a shifted 1/N is."""
+        if self == other:
+            return lambda sigma: sigma
+        n, last = len(nodes) - 1, nodes[-2]
+        undo = (1 - warp(1 / n, self.factor)) / (1 - last) if self.terminal and n > 1 else 1.0
+        ratio = other.factor / self.factor
+
+        def unstretched(sigma: float) -> float:
+            return warp(1 - (1 - sigma) * undo, ratio)
+
+        redo = (1 - unstretched(last)) / (1 - other.terminal) if other.terminal and n > 1 else 1.0
+        return lambda sigma: 1 - (1 - unstretched(sigma)) / redo
+
+
+def warp(sigma: Number, factor: float) -> Number:
+    """e sigma / (1 + (e - 1) sigma); 1/e undoes it."""
+    return factor * sigma / (factor * sigma + (1 - sigma))
+
+
+def reshifted(spec: SolverSpec, searched: Shift, target: Shift, path: FlowPath) -> SolverSpec:
+    """A solver searched at one resolution shift, for another: nodes and network times are warped, the classical part
+    of the weights is that of the warped nodes, the learned correction stays."""
+    if searched == target:
+        return spec
+    move = searched.map_to(target, spec.nodes)
+    nodes = (*(move(node) for node in spec.nodes[:-1]), 0.0)
+    times = None
+    if spec.timesteps is not None:
+        fed = path.node(torch.tensor(spec.timesteps, dtype=torch.float64)).tolist()
+        times = _times([move(node) for node in fed], path)
+    base = classical(nodes, path).coefficients
+    pairs = zip(base, corrections(spec, path), strict=True)
+    return SolverSpec(nodes, tuple(tuple(b + d for b, d in zip(*pair, strict=True)) for pair in pairs), times)
+
+
+def corrections(spec: SolverSpec, path: Path) -> list[list[float]]:
+    """What was learned: the weights minus the classical ones of the same nodes; every row sums to 0."""
+    base = classical(spec.nodes, path).coefficients
+    return [[c - b for c, b in zip(*pair, strict=True)] for pair in zip(spec.coefficients, base, strict=True)]
 
 
 def uniform_nodes(nfe: int, path: Path) -> tuple[float, ...]:
@@ -53,20 +100,63 @@ def classical(nodes: Sequence[float], path: Path, order: int = 2) -> SolverSpec:
     return SolverSpec.dpm_solver_pp(nodes, lambdas, order)
 
 
-def from_neighbours(solvers: Mapping[int, SolverSpec], nfe: int, path: Path) -> SolverSpec:
+def from_neighbours(
+    solvers: Mapping[int, SolverSpec], nfe: int, path: Path, interpolate_corrections: bool = False
+) -> SolverSpec:
     """A solver for `nfe` steps without a table: the node curves of the next smaller and next larger table, blended
     linearly in N (only the one there is, outside their range), with classical rows.
 
     Args:
         solvers: at least one searched solver by its NFE.
         nfe: the step count wanted, 1 or more.
+        interpolate_corrections: between two tables, also blend what they learned (by position i/N and lag), weights
+            and network times alike. Outside their range this changes nothing: many steps converge by themselves.
     """
     below = max((n for n in solvers if n <= nfe), default=min(solvers))
     above = min((n for n in solvers if n >= nfe), default=max(solvers))
-    low, high = node_curve(solvers[below].nodes), node_curve(solvers[above].nodes)
     blend = (nfe - below) / (above - below) if above > below else 0.0
-    inner = [(1 - blend) * low(i / nfe) + blend * high(i / nfe) for i in range(nfe)]
-    return classical((*inner, 0.0), path)
+    pair = [(1 - blend, solvers[below]), (blend, solvers[above])]
+    curves = [(share, node_curve(spec.nodes)) for share, spec in pair]
+    nodes = (*(sum(share * curve(i / nfe) for share, curve in curves) for i in range(nfe)), 0.0)
+    spec = classical(nodes, path)
+    if not interpolate_corrections or below == above:
+        return spec
+    learned = [(share, corrections(s, path), time_offsets(s, path)) for share, s in pair]
+    rows: list[Row] = []
+    fed = []
+    for i, row in enumerate(spec.coefficients):
+        at = i / (nfe - 1)
+        by_lag = [sum(share * _at(table, at, lag) for share, table, _ in learned) for lag in range(i + 1)]
+        by_lag[-1] -= math.fsum(by_lag)  # what reaches back too far falls to the oldest
+        rows.append(tuple(c + d for c, d in zip(row, reversed(by_lag), strict=True)))
+        offset = sum(share * _at(offsets, at) for share, _, offsets in learned)
+        fed.append(nodes[i] + offset * (nodes[i] - nodes[i + 1]))
+    offset_times = any(offsets for _, _, offsets in learned) and all(1 >= a > b >= 0 for a, b in pairwise(fed))
+    return SolverSpec(nodes, tuple(rows), _times(fed, path) if offset_times else None)
+
+
+def _times(nodes: Sequence[float], path: Path) -> tuple[float, ...]:
+    return tuple(path.timestep(torch.tensor(nodes, dtype=torch.float64).clamp(0, 1)).tolist())
+
+
+def time_offsets(spec: SolverSpec, path: Path) -> list[list[float]]:
+    """How far what the network is fed lies from each node, in steps; N lists of one number, or none."""
+    if spec.timesteps is None:
+        return []
+    fed = path.node(torch.tensor(spec.timesteps, dtype=torch.float64)).tolist()
+    return [[(t - a) / (a - b)] for t, (a, b) in zip(fed, pairwise(spec.nodes), strict=True)]
+
+
+def _at(table: Sequence[Sequence[float]], position: float, lag: int = 0) -> float:
+    """Entry `lag` from the end of the row at `position` in [0, 1], first row to last, between rows linearly; 0 where
+    there is none."""
+    if not table:
+        return 0.0
+    place = position * (len(table) - 1)
+    low = int(place)
+    high = min(low + 1, len(table) - 1)
+    values = [row[-1 - lag] if lag < len(row) else 0.0 for row in (table[low], table[high])]
+    return values[0] + (place - low) * (values[1] - values[0])
 
 
 def node_curve(nodes: Sequence[float]) -> Curve:
@@ -91,5 +181,12 @@ def node_curve(nodes: Sequence[float]) -> Curve:
 
 
 def dynamic_shift(mu: float, kind: str) -> float:
-    """The factor e of `Shift` that diffusers derives from a pipeline's `mu`: exp(mu) or, for "linear", mu itself."""
+    """The factor e of `Shift` that diffusers derives from a pipeline's `mu`: exp(mu) or, for "linear", mu itself.
+
+    Raises:
+        ValueError: for a mu whose factor is not between MIN_FACTOR and MAX_FACTOR.
+    """
+    low, high = (math.log(MIN_FACTOR), math.log(MAX_FACTOR)) if kind == "exponential" else (MIN_FACTOR, MAX_FACTOR)
+    if not low <= mu <= high:
+        raise ValueError(f"mu is {mu!r}; a shift of type {kind!r} takes {low:.4g} to {high:.4g}")
     return math.exp(mu) if kind == "exponential" else mu

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+Scalar = float | Tensor
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 MAX_TRAIN_TIMESTEPS = 100_000
@@ -48,14 +49,12 @@ class Path:
         """The factors (A_i, B_i), each (N,), of the N steps between N+1 nodes with these alphas and sigmas."""
         raise NotImplementedError
 
-    def quantity(
-        self, output: Tensor, x: Tensor, alpha: Tensor | float, sigma: Tensor | float, prediction: str
-    ) -> Tensor:
-        """The model quantity d from the network's output at state x. Shapes: output, x, d alike."""
+    def quantity_weights(self, alpha: Scalar, sigma: Scalar, prediction: str) -> tuple[Scalar, Scalar]:
+        """(p, q) with d = p x + q output: the model quantity from the network's output at state x."""
         raise NotImplementedError
 
-    def denoised(self, d: Tensor, x: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
-        """The data that quantity d at state x predicts."""
+    def denoised_weights(self, alpha: Scalar, sigma: Scalar) -> tuple[Scalar, Scalar]:
+        """(p, q) with data = p x + q d: the data that quantity d at state x predicts."""
         raise NotImplementedError
 
     def lambdas(self, node: Tensor) -> Tensor:
@@ -89,15 +88,13 @@ class FlowPath(Path):
     def transition(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ones_like(sigma[1:]), sigma[1:] - sigma[:-1]
 
-    def quantity(
-        self, output: Tensor, x: Tensor, alpha: Tensor | float, sigma: Tensor | float, prediction: str
-    ) -> Tensor:
+    def quantity_weights(self, alpha: Scalar, sigma: Scalar, prediction: str) -> tuple[Scalar, Scalar]:
         if prediction != "flow_prediction":
             raise ValueError(f"prediction_type {prediction!r} on a flow path; flow models give 'flow_prediction'")
-        return -output if self.inverted else output
+        return 0.0, -1.0 if self.inverted else 1.0
 
-    def denoised(self, d: Tensor, x: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
-        return x - sigma * d
+    def denoised_weights(self, alpha: Scalar, sigma: Scalar) -> tuple[Scalar, Scalar]:
+        return 1.0, -sigma
 
 
 @dataclass(frozen=True)
@@ -141,19 +138,17 @@ class VPPath(Path):
         a = sigma[1:] / sigma[:-1]
         return a, alpha[1:] - a * alpha[:-1]
 
-    def quantity(
-        self, output: Tensor, x: Tensor, alpha: Tensor | float, sigma: Tensor | float, prediction: str
-    ) -> Tensor:
+    def quantity_weights(self, alpha: Scalar, sigma: Scalar, prediction: str) -> tuple[Scalar, Scalar]:
         if prediction == "epsilon":
-            return (x - sigma * output) / alpha
+            return 1 / alpha, -sigma / alpha
         if prediction == "v_prediction":
-            return alpha * x - sigma * output
+            return alpha, -sigma
         if prediction == "sample":
-            return output
+            return 0.0, 1.0
         raise ValueError(f"prediction_type {prediction!r} on a vp path; known there: {', '.join(PREDICTION_TYPES[:3])}")
 
-    def denoised(self, d: Tensor, x: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
-        return d
+    def denoised_weights(self, alpha: Scalar, sigma: Scalar) -> tuple[Scalar, Scalar]:
+        return 0.0, 1.0
 
 
 @dataclass(frozen=True)
@@ -186,11 +181,14 @@ def make_betas(
     beta_schedule: str,
     trained_betas: Sequence[float] | None,
     rescale_betas_zero_snr: bool,
+    snr_shift_scale: float = 1.0,
 ) -> tuple[float, ...]:
-    """The T betas that diffusers' schedulers make from the same configuration keys.
+    """The T betas that diffusers' schedulers make from the same configuration keys; as many as `trained_betas` where
+    those are given.
 
     Sources: Ho et al., arXiv 2006.11239 (linear); Rombach et al., arXiv 2112.10752 (scaled_linear); Nichol and
-    Dhariwal, arXiv 2102.09672 (squaredcos_cap_v2); Lin et al., arXiv 2305.08891, Alg. 1 (zero terminal SNR).
+    Dhariwal, arXiv 2102.09672 (squaredcos_cap_v2); Lin et al., arXiv 2305.08891, Alg. 1 (zero terminal SNR); Yang et
+    al., arXiv 2408.06072 (snr_shift_scale: the SNR is divided by it).
 
     Raises:
         ValueError: naming the key, its value and what is accepted.
@@ -214,9 +212,12 @@ def make_betas(
         )
     if not ((betas > 0) & (betas < 1)).all():
         raise ValueError(f"betas run from {betas.min():.4g} to {betas.max():.4g}; every beta must lie between 0 and 1")
-    if rescale_betas_zero_snr:
-        root = torch.cumprod(1 - betas, 0).sqrt()
-        bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    if rescale_betas_zero_snr or snr_shift_scale != 1:
+        bar = torch.cumprod(1 - betas, 0)
+        bar = bar / (snr_shift_scale + (1 - snr_shift_scale) * bar)
+        if rescale_betas_zero_snr:
+            root = bar.sqrt()
+            bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
         betas = 1 - torch.cat([bar[:1], bar[1:] / bar[:-1]])
     return tuple(betas.tolist())
 

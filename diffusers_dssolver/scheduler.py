@@ -14,27 +14,26 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 from diffusers.utils import BaseOutput, logging
 from torch import Tensor
 
-from .derive import Shift, classical, dynamic_shift, from_neighbours, uniform_nodes
+from .derive import Shift, classical, dynamic_shift, from_neighbours, reshifted, uniform_nodes, warp
+from .grids import TOLERANCE, is_default
 from .paths import MAX_TRAIN_TIMESTEPS, PREDICTION_TYPES, ContinuousVPPath, FlowPath, Path, VPPath, make_betas
 from .published import published_config, published_solvers
 from .solver import MAX_NFE, SolverSpec, fold
-from .step import Scalar, step
+from .step import Scalar, step, weighted_sum
 
 logger = logging.get_logger(__name__)
 
 CLASSICAL = "classical"
 SEARCH_COMMAND = "python -m dssolver_search search --pretrained_model_name_or_path MODEL --nfe 5 8 --output_dir OUT"
-GRID_TOLERANCE = 1e-4
-FLOW_SCHEDULE_KEYS = (
-    "num_train_timesteps", "shift", "use_dynamic_shifting", "time_shift_type", "shift_terminal", "invert_sigmas",
+SHIFT_KEYS = ("shift", "use_dynamic_shifting", "time_shift_type", "shift_terminal")
+BETA_KEYS = ("beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr", "snr_shift_scale")
+SCHEDULE_KEYS = ("num_train_timesteps", "prediction_type", "invert_sigmas", *BETA_KEYS, *SHIFT_KEYS)
+ARTEFACT_KEYS = ("solvers", "provenance", "continuous_time", "searched_shift", "interpolate_corrections")
+BOOLEAN_KEYS = (
+    "rescale_betas_zero_snr", "continuous_time", "use_dynamic_shifting", "invert_sigmas", "strict", "thresholding",
+    "interpolate_corrections",
 )  # fmt: skip
-
-
-SCHEDULE_KEYS = (
-    "prediction_type", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr",
-    *FLOW_SCHEDULE_KEYS,
-)  # fmt: skip
-BOOLEAN_KEYS = ("rescale_betas_zero_snr", "continuous_time", "use_dynamic_shifting", "invert_sigmas", "strict")
+LEARNED_VARIANCE = ("learned", "learned_range")
 
 
 @dataclass
@@ -61,18 +60,25 @@ class DSSolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
     folded so that they still sum to 1.
 
     Args:
-        num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr: the noise
-            schedule of vp models, as diffusers' own schedulers read it.
+        num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr,
+            snr_shift_scale: the noise schedule of vp models, as diffusers' own schedulers read it.
         prediction_type: "epsilon", "v_prediction", "sample" (vp), or "flow_prediction" (flow: velocity = noise - data).
         continuous_time: alpha and sigma of vp from the continuous formula (as the published DiT solvers need).
         shift, use_dynamic_shifting, time_shift_type, shift_terminal, invert_sigmas, base_shift, max_shift,
             base_image_seq_len, max_image_seq_len: resolution shift of flow models, as in FlowMatchEulerDiscrete.
-            They shape classical solvers; the nodes of a table are final and are never shifted.
-        use_flow_sigmas, variance_type: kept for pipelines that read them.
+        searched_shift: {"factor": e, "terminal": number or null}, the shift that is contained in the nodes of
+            `solvers`: where the model's own differs, tables are warped. None: they are used as they are.
+        thresholding, dynamic_thresholding_ratio, sample_max_value: dynamic thresholding of the predicted data (vp).
+        variance_type: "learned" or "learned_range": the network's output has variances behind the prediction.
+        use_flow_sigmas: kept for pipelines that read it.
         solvers: {"8": {"nodes": [9 numbers], "timesteps": [8, optional], "coefficients": [[1.0], ...]}, ...}, or
             "classical": derived solvers only, Adams-Bashforth 2 (flow) and DPM-Solver++(2M) (vp) on uniform nodes.
         provenance: how the solvers were found; data, not interpreted.
         strict: raise for a step count that has no table.
+        interpolate_corrections: between two tables, derived solvers take over what both learned beside the nodes; set
+            by a search that measured it to help.
+        history_length: at most this many model outputs are held, 1 or more (longer rows are folded); None: all that
+            the solver uses.
 
     Raises:
         ValueError: naming the key, its value and what is accepted.
@@ -83,6 +89,7 @@ class DSSolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
     _compatibles = [e.name for e in KarrasDiffusionSchedulers] + ["FlowMatchEulerDiscreteScheduler"]
     order = 1
     init_noise_sigma = 1.0
+    last_sample = None  # a name of UniPC's that ChronoEdit reads: no step looks at an earlier sample
     config: Any  # a FrozenDict whose keys are attributes too
     _step_index: int | None
     _last_index: int
@@ -112,14 +119,25 @@ class DSSolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
         solvers: dict[str, dict[str, list]] | str = CLASSICAL,
         provenance: dict[str, Any] | None = None,
         strict: bool = False,
+        snr_shift_scale: float = 1.0,
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        searched_shift: dict[str, float | None] | None = None,
+        interpolate_corrections: bool = False,
+        history_length: int | None = None,
     ) -> None:
         if isinstance(trained_betas, np.ndarray):
             self.register_to_config(trained_betas=trained_betas.tolist())
         self.register_to_config(use_flow_sigmas=prediction_type == "flow_prediction")
         self._path = make_path(self.config)
-        self._solvers = _read_solvers(solvers)
+        _check_options(self.config)
+        self._solvers = _read_solvers(solvers, self._path)
+        self._searched = _read_shift(searched_shift)
         if self._solvers:  # plain lists under text keys, and no list of the caller's
-            self.register_to_config(solvers={str(n): spec.to_dict() for n, spec in self._solvers.items()})
+            self.register_to_config(solvers=_Brief({str(n): spec.to_dict() for n, spec in self._solvers.items()}))
+        if isinstance(provenance, dict):
+            self.register_to_config(provenance=_Brief(provenance))
         self._announced: set[int] = set()
         self._begin_index: int | None = None
         self._mu: float | None = None
@@ -157,10 +175,11 @@ class DSSolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
         known = cls._get_init_keys(cls) - {"self"}
         if unknown := sorted(set(kwargs) - known):
             raise ValueError(f"{cls.__name__} has no argument {unknown[0]!r}; there are: {', '.join(sorted(known))}")
-        for key, neutral in (("snr_shift_scale", 1.0), ("sigma_data", None)):
-            if config.get(key, neutral) != neutral:
+        for key, known_value in (("sigma_data", None), ("timestep_type", "discrete")):
+            if config.get(key, known_value) != known_value:
                 raise ValueError(
-                    f"{key} is {config[key]!r}: this model's noise schedule is none that {cls.__name__} knows"
+                    f"{key} is {config[key]!r}: this model is sampled in EDM noise levels, which are neither flow nor "
+                    f"vp and which {cls.__name__} does not know; keep its own scheduler"
                 )
         if is_flow(config):
             kwargs.setdefault("prediction_type", "flow_prediction")
@@ -215,11 +234,12 @@ class DSSolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
         Args:
             num_inference_steps: N, 1 to 1000; `len(self.timesteps)` will be N.
             device: where `self.timesteps` shall live.
-            timesteps: N falling times of the user's own: classical rows on exactly these.
-            sigmas: flow only; the uniform grid 1 .. 1/N that pipelines pass by default counts only by its length, any
-                other falling grid is the user's own: shifted as diffusers does it, with classical rows.
-            mu: flow only; the resolution shift that a pipeline computed. It acts on classical solvers when the
-                configuration has `use_dynamic_shifting`, and is remembered for later calls without it.
+            timesteps: N times of the user's own, noisiest first: classical rows on exactly these.
+            sigmas: flow only; N falling sigmas of the user's own: shifted as diffusers does it, with classical rows.
+                Of a grid that some pipeline passes by default (`grids.default_grids`) only the length counts.
+                With both `timesteps` and `sigmas` the network is fed times without the shift (CogView4).
+            mu: flow only; the resolution shift that a pipeline computed, used when the configuration has
+                `use_dynamic_shifting`, and remembered for later calls without it.
 
         Raises:
             ValueError: for no or contradicting arguments, grids that do not fall, flow arguments on a vp solver, or
@@ -230,19 +250,15 @@ class DSSolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
             raise ValueError(
                 f"{name} given to a vp solver ({self.config.prediction_type}): this is a flow model; load a flow solver"
             )
-        if mu is not None:
-            self._mu = float(mu)
-        if timesteps is not None:
-            spec = self._spec_for_timesteps(_floats("timesteps", timesteps))
-        elif sigmas is not None:
-            spec = self._spec_for_sigmas(_floats("sigmas", sigmas))
-        else:
-            spec = self._spec_for_count(num_inference_steps)
-        if num_inference_steps is not None and num_inference_steps != spec.nfe:
-            raise ValueError(
-                f"num_inference_steps is {num_inference_steps}, but the schedule given has {spec.nfe} entries"
-            )
-        self._install(spec, device)
+        before = self._mu
+        try:
+            if mu is not None:
+                self._mu = float(mu)
+            spec = self._spec(num_inference_steps, timesteps, sigmas)
+            self._install(spec, device)
+        except ValueError:
+            self._mu = before
+            raise
         self.num_inference_steps = spec.nfe
 
     def step(
@@ -252,6 +268,7 @@ class DSSolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
         sample: Tensor,
         generator: torch.Generator | None = None,
         return_dict: bool = True,
+        per_token_timesteps: Tensor | None = None,
     ) -> DSSolverSchedulerOutput | tuple[Tensor, Tensor]:
         """One step of the solver. Without host synchronisation when `timestep` is an element of `self.timesteps`.
 
@@ -261,6 +278,9 @@ class DSSolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
             sample: the current state, same shape.
             generator: accepted for pipelines that pass one; the solver is deterministic.
             return_dict: False for the tuple (prev_sample, pred_original_sample).
+            per_token_timesteps: given by pipelines that hold some tokens back (LTX-condition) and keep the result of
+                those at `timestep` only, which is what is computed. As in FlowMatchEulerDiscrete it changes the
+                sign of model_output (data minus noise) and the result is not cast.
 
         Returns:
             prev_sample in the dtype of model_output; the arithmetic is at least float32.
@@ -268,23 +288,26 @@ class DSSolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
         Raises:
             ValueError: if the shapes differ, or all steps were taken.
         """
+        if self.config.variance_type in LEARNED_VARIANCE and model_output.shape[1] == 2 * sample.shape[1]:
+            model_output = model_output[:, : sample.shape[1]]
         if model_output.shape != sample.shape:
             raise ValueError(
                 f"model_output has shape {tuple(model_output.shape)}, sample {tuple(sample.shape)}; they must be equal"
             )
         index = self._locate(timestep)
-        dtype = torch.promote_types(sample.dtype, torch.float32)
-        x, output = sample.to(dtype), model_output.to(dtype)
+        x = sample.to(torch.promote_types(sample.dtype, torch.float32))
         alpha, sigma = self._alphas[index], self._sigmas[index]
-        d = self._path.quantity(output, x, alpha, sigma, self.config.prediction_type)
+        p, q = self._path.quantity_weights(alpha, sigma, self.config.prediction_type)
+        d = _in_dtype_of(x, model_output, p, q if per_token_timesteps is None else -q)
+        if self.config.thresholding:
+            d = self._thresholded(d)
         self._remember(index, d)
         row = self._row(index, x)
         x_next = step(x, self._history[-len(row) :], row, self._a[index], self._b[index])
+        p, q = self._path.denoised_weights(alpha, sigma)
+        dtype = model_output.dtype if per_token_timesteps is None else x.dtype
+        prev_sample, denoised = x_next.to(dtype), _in_dtype_of(x, d, p, q).to(dtype)
         self._step_index = index + 1
-        prev_sample, denoised = (
-            x_next.to(model_output.dtype),
-            self._path.denoised(d, x, alpha, sigma).to(model_output.dtype),
-        )
         if not return_dict:
             return prev_sample, denoised
         return DSSolverSchedulerOutput(prev_sample=prev_sample, pred_original_sample=denoised)
@@ -317,6 +340,28 @@ class DSSolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
         return tuple(sorted(self._solvers))
 
     @property
+    def model_outputs(self) -> list[Tensor]:
+        """The history, newest last; what a pipeline puts in the place of an entry (ChronoEdit) is used."""
+        return self._history
+
+    @property
+    def betas(self) -> Tensor:
+        """(T,) float32, of vp models only."""
+        return torch.tensor(self._vp_path("betas").betas, dtype=torch.float32)
+
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        """(T,) float32, of vp models only."""
+        path = self._vp_path("alphas_cumprod")
+        alpha, _ = path.alpha_sigma(path.node(torch.arange(path.num_train_timesteps)))
+        return alpha.square().to(torch.float32)
+
+    def _vp_path(self, name: str) -> VPPath:
+        if not isinstance(self._path, VPPath):
+            raise AttributeError(f"'{type(self).__name__}' object of a flow model has no attribute '{name}'")
+        return self._path
+
+    @property
     def begin_index(self) -> int | None:
         return self._begin_index
 
@@ -330,40 +375,71 @@ class DSSolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
 
     # --- inside ----------------------------------------------------------------------------------------------------
 
+    def _spec(self, nfe: int | None, timesteps: Any, sigmas: Any) -> SolverSpec:
+        """The solver for what `set_timesteps` was given."""
+        if timesteps is not None and sigmas is not None:
+            spec = self._spec_for_both(_floats("timesteps", timesteps), _floats("sigmas", sigmas))
+        elif timesteps is not None:
+            spec = self._spec_for_timesteps(_floats("timesteps", timesteps))
+        elif sigmas is not None:
+            spec = self._spec_for_sigmas(_floats("sigmas", sigmas))
+        else:
+            spec = self._spec_for_count(nfe)
+        if nfe is not None and nfe != spec.nfe:
+            raise ValueError(f"num_inference_steps is {nfe}, but the schedule given has {spec.nfe} entries")
+        return spec
+
     def _spec_for_count(self, nfe: int | None) -> SolverSpec:
         if isinstance(nfe, bool) or not isinstance(nfe, (int, np.integer)) or not 1 <= nfe <= MAX_NFE:
             raise ValueError(f"num_inference_steps is {nfe!r}; it must be a whole number from 1 to {MAX_NFE}")
-        if nfe in self._solvers:
-            return self._solvers[nfe]
-        tables = ", ".join(str(n) for n in sorted(self._solvers)) or "none"
-        if self.config.strict:
-            raise ValueError(
-                f"no table for {nfe} steps (there are tables for: {tables}); use one of them or strict=False"
-            )
-        if not self._solvers:
+        if not self._solvers and not self.config.strict:
             return self._classical(uniform_nodes(nfe, self._path))
-        if nfe not in self._announced:
-            self._announced.add(nfe)
-            logger.warning(
-                f"no table for {nfe} steps (there are tables for: {tables}): using a solver derived from them"
+        spec = self._solvers.get(nfe)
+        if spec is None:
+            if self.config.strict:
+                raise ValueError(
+                    f"no table for {nfe} steps (there are tables for: {self._table_names()}); use one of them or "
+                    "strict=False"
+                )
+            self._say_once(
+                nfe,
+                f"no table for {nfe} steps (there are tables for: {self._table_names()}): using a solver derived "
+                "from them",
             )
-        return from_neighbours(self._solvers, nfe, self._path)
+            spec = from_neighbours(self._solvers, nfe, self._path, self.config.interpolate_corrections)
+        if self._searched is not None and isinstance(self._path, FlowPath):
+            spec = reshifted(spec, self._searched, self._shift(), self._path)
+        return spec
 
     def _spec_for_sigmas(self, sigmas: list[float]) -> SolverSpec:
-        nfe = len(sigmas)
-        if all(abs(s - (nfe - i) / nfe) <= GRID_TOLERANCE for i, s in enumerate(sigmas)):  # false for NaN
-            return self._spec_for_count(nfe)
-        return self._classical((*sigmas, 0.0))
+        if is_default(sigmas, self.config.num_train_timesteps):
+            return self._spec_for_count(len(sigmas))
+        self._announce_own_grid(len(sigmas))
+        return self._classical(self._ended("sigmas", sigmas))
 
     def _spec_for_timesteps(self, timesteps: list[float]) -> SolverSpec:
         nodes = self._path.node(torch.tensor(timesteps, dtype=torch.float64)).tolist()
-        own = self._solvers.get(len(timesteps))
-        if own is not None:
-            times = own.timesteps or self._path.timestep(torch.tensor(own.nodes[:-1], dtype=torch.float64)).tolist()
-            tolerance = GRID_TOLERANCE * self.config.num_train_timesteps
-            if all(abs(a - b) <= tolerance for a, b in zip(timesteps, times, strict=True)):
+        if isinstance(self._path, FlowPath) and is_default(nodes, self.config.num_train_timesteps):
+            return self._spec_for_count(len(nodes))
+        if len(timesteps) in self._solvers:
+            own = self._spec_for_count(len(timesteps))
+            tolerance = TOLERANCE * self.config.num_train_timesteps
+            if all(abs(a - b) <= tolerance for a, b in zip(timesteps, self._times(own).tolist(), strict=True)):
                 return own
-        return classical((*nodes, 0.0), self._path)
+        self._announce_own_grid(len(timesteps))
+        return classical(self._ended("timesteps", nodes), self._path)
+
+    def _spec_for_both(self, timesteps: list[float], sigmas: list[float]) -> SolverSpec:
+        """Sigmas are shifted, times are not: the network counts its time before the shift."""
+        if len(timesteps) != len(sigmas):
+            raise ValueError(
+                f"timesteps has {len(timesteps)} entries, sigmas {len(sigmas)}; given together they must be as many"
+            )
+        spec = self._spec_for_sigmas(sigmas)
+        if is_default(sigmas, self.config.num_train_timesteps):
+            unshifted = warp(torch.tensor(spec.nodes[:-1], dtype=torch.float64), 1 / self._shift().factor)
+            timesteps = self._path.timestep(unshifted).tolist()
+        return SolverSpec(spec.nodes, spec.coefficients, tuple(timesteps))
 
     def _classical(self, nodes: Sequence[float]) -> SolverSpec:
         if isinstance(self._path, FlowPath):
@@ -377,14 +453,36 @@ class DSSolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
         mu = self._mu if self._mu is not None else config.base_shift or 0.0
         return Shift(dynamic_shift(mu, config.time_shift_type), config.shift_terminal)
 
+    def _ended(self, name: str, nodes: list[float]) -> tuple[float, ...]:
+        if nodes[-1] == 0:
+            raise ValueError(f"{name} ends at clean data, where no network call is made; leave that last entry out")
+        return (*nodes, 0.0)
+
+    def _table_names(self) -> str:
+        return ", ".join(str(n) for n in self.tables) or "none"
+
+    def _announce_own_grid(self, nfe: int) -> None:
+        if self._solvers:
+            self._say_once(
+                -nfe,
+                f"the {nfe} noise levels given are no default of a pipeline: using classical rows on them; for a "
+                "searched solver pass num_inference_steps only",
+            )
+
+    def _say_once(self, key: int, message: str) -> None:
+        if key not in self._announced:
+            self._announced.add(key)
+            logger.warning(message)
+
+    def _times(self, spec: SolverSpec) -> Tensor:
+        """(N,) float64: what the network is fed."""
+        if spec.timesteps is None:
+            return self._path.timestep(torch.tensor(spec.nodes[:-1], dtype=torch.float64))
+        return torch.tensor(spec.timesteps, dtype=torch.float64)
+
     def _install(self, spec: SolverSpec, device: str | torch.device | None = None) -> None:
         nodes = torch.tensor(spec.nodes, dtype=torch.float64)
-        times = (
-            self._path.timestep(nodes[:-1])
-            if spec.timesteps is None
-            else torch.tensor(spec.timesteps, dtype=torch.float64)
-        )
-        self._install_tensors(nodes, times, spec.coefficients, device)
+        self._install_tensors(nodes, self._times(spec), spec.coefficients, device)
 
     def _install_tensors(
         self, nodes: Tensor, times: Tensor, rows: Sequence[Sequence[Scalar]], device: str | torch.device | None
@@ -393,7 +491,8 @@ class DSSolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
         alphas, sigmas = self._path.alpha_sigma(nodes)
         self._a, self._b = (_scalars(factor) for factor in self._path.transition(alphas, sigmas))
         self._alphas, self._sigmas = _scalars(alphas), _scalars(sigmas)
-        self._rows = [_without_leading_zeros(row) for row in rows]
+        longest = self.config.history_length or len(rows)
+        self._rows = [fold(row, min(longest, len(row))) for row in map(_without_leading_zeros, rows)]
         self._needed = _history_needed(self._rows)
         self.timesteps = times.to(torch.float32).to(device)
         ratio = nodes if isinstance(self._path, FlowPath) else sigmas / alphas
@@ -404,10 +503,13 @@ class DSSolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
 
     def _locate(self, timestep: int | float | Tensor) -> int:
         """Index of this step. An element of `self.timesteps` is known by its place in memory, so nothing is read back
-        from the device; else the running count decides, and at its start the announced index or the nearest time."""
+        from the device; else the running count decides, and at its start the announced index or the nearest time.
+        Under torch.compile, which knows no places, a start that was not announced must be the first time."""
         index = None
+        compiling = torch.compiler.is_compiling()
         if (
-            isinstance(timestep, Tensor)
+            not compiling
+            and isinstance(timestep, Tensor)
             and timestep.device == self.timesteps.device
             and timestep.dtype == self.timesteps.dtype
         ):
@@ -417,6 +519,9 @@ class DSSolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
             index = self._step_index
         if index is None:
             index = self._begin_index
+        if index is None and compiling:
+            index = 0
+            torch._assert_async(torch.as_tensor(timestep).to(self.timesteps) == self.timesteps[0])
         if index is None:
             index = int((self.timesteps.detach().cpu() - float(timestep)).abs().argmin())
         if not self._rows:
@@ -445,6 +550,27 @@ class DSSolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
         row = self._rows[index]
         return row if len(row) <= len(self._history) else fold(row, len(self._history))
 
+    def _thresholded(self, d: Tensor) -> Tensor:
+        """Predicted data (B, ...) clamped per sample to its own quantile s, and divided by s: Saharia et al., arXiv
+        2205.11487, Sec. 2.3."""
+        s = torch.quantile(d.flatten(1).abs(), self.config.dynamic_thresholding_ratio, dim=1)
+        s = s.clamp(min=1, max=self.config.sample_max_value).reshape(-1, *[1] * (d.ndim - 1))
+        return torch.clamp(d, -s, s) / s
+
+
+class _Brief(dict):
+    """A dict that prints short: diffusers warns with every key that a class does not know, tables and all."""
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} entries: {', '.join(map(str, self))}>"
+
+
+def _in_dtype_of(x: Tensor, other: Tensor, p: Scalar, q: Scalar) -> Tensor:
+    """p x + q other in the dtype of x, always memory of its own."""
+    if isinstance(p, float) and p == 0.0:
+        return other.to(x.dtype, copy=True) if q == 1.0 else weighted_sum([(q, other.to(x.dtype))])
+    return weighted_sum([(p, x), (q, other)])
+
 
 def make_path(config: Mapping[str, Any]) -> Path:
     """The path that a configuration with diffusers' keys describes. Raises ValueError naming the key at fault."""
@@ -470,8 +596,11 @@ def make_path(config: Mapping[str, Any]) -> Path:
             raise ValueError(f"time_shift_type is {kind!r}; known: exponential, linear")
         return FlowPath(count, bool(config["invert_sigmas"]))
     trained = config["trained_betas"]
-    if trained is not None and (not isinstance(trained, (list, tuple)) or len(trained) != count):
-        raise ValueError(f"trained_betas must be a list of num_train_timesteps = {count} numbers")
+    if trained is not None and (not isinstance(trained, (list, tuple)) or not 1 <= len(trained) <= MAX_TRAIN_TIMESTEPS):
+        raise ValueError(f"trained_betas must be a list of 1 to {MAX_TRAIN_TIMESTEPS} numbers")
+    scale = config["snr_shift_scale"]
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 1e-6 <= scale <= 1e6:
+        raise ValueError(f"snr_shift_scale is {scale!r}; it must be a number from 1e-6 to 1e6")
     betas = make_betas(
         count,
         config["beta_start"],
@@ -479,8 +608,42 @@ def make_path(config: Mapping[str, Any]) -> Path:
         config["beta_schedule"],
         trained,
         config["rescale_betas_zero_snr"],
+        scale,
     )
-    return ContinuousVPPath(betas) if config["continuous_time"] else VPPath(betas)
+    if not config["continuous_time"]:
+        return VPPath(betas)
+    if scale != 1 or config["rescale_betas_zero_snr"]:
+        raise ValueError("continuous_time goes with plain betas: neither snr_shift_scale nor rescale_betas_zero_snr")
+    return ContinuousVPPath(betas)
+
+
+def _check_options(config: Mapping[str, Any]) -> None:
+    """What is no part of the noise schedule. Raises ValueError naming the key at fault."""
+    length = config["history_length"]
+    if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
+        raise ValueError(f"history_length is {length!r}; it must be a whole number from 1, or null")
+    for key, low, high in (("dynamic_thresholding_ratio", 0.0, 1.0), ("sample_max_value", 1.0, 1e300)):
+        value = config[key]
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+            raise ValueError(f"{key} is {value!r}; it must be a number from {low:g} to {high:g}")
+    if config["thresholding"] and config["prediction_type"] == "flow_prediction":
+        raise ValueError("thresholding is for vp models; on a flow model leave it false")
+
+
+def _read_shift(value: Any) -> Shift | None:
+    """`searched_shift` of a configuration. Raises ValueError naming what is wrong."""
+    if value is None:
+        return None
+    if not isinstance(value, Mapping) or set(value) != {"factor", "terminal"}:
+        raise ValueError(f"searched_shift is {str(value)[:60]}; it must have the keys factor and terminal, or be null")
+    factor, terminal = value["factor"], value["terminal"]
+    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 1e-6 <= factor <= 1e6:
+        raise ValueError(f"searched_shift: factor is {factor!r}; it must be a number from 1e-6 to 1e6")
+    if terminal is not None and (
+        isinstance(terminal, bool) or not isinstance(terminal, (int, float)) or not 0 <= terminal < 1
+    ):
+        raise ValueError(f"searched_shift: terminal is {terminal!r}; it must be a number from 0 to below 1, or null")
+    return Shift(float(factor), terminal)
 
 
 def is_flow(config: Mapping[str, Any]) -> bool:
@@ -493,34 +656,59 @@ def is_flow(config: Mapping[str, Any]) -> bool:
 
 
 def check_same_schedule(model: Mapping[str, Any], solver: Mapping[str, Any], name: str) -> None:
-    """Refuse a solver whose noise schedule is not the model's.
+    """Refuse a solver whose noise schedule is not the model's. Another resolution shift is no reason to, as long as it
+    is known at which one the solver was searched (`searched_at`).
 
     Raises:
         ValueError: naming the first key that differs, both values and the remedy.
     """
-    remedy = f'search one for this model ({SEARCH_COMMAND}) or use solvers="classical"'
+    reason = _mismatch(model, solver)
+    if reason is not None:
+        raise ValueError(f"solver {name!r} {reason}; {_remedy(model)}")
+
+
+def _mismatch(model: Mapping[str, Any], solver: Mapping[str, Any]) -> str | None:
+    """Why a solver cannot be this model's; None if it can."""
     if is_flow(model) != is_flow(solver):
         kinds = ["flow" if is_flow(c) else "vp" for c in (solver, model)]
-        raise ValueError(
-            f"solver {name!r} is for {kinds[0]} models, this model is {kinds[1]}: it would be meaningless; {remedy}"
-        )
+        return f"is for {kinds[0]} models, this model is {kinds[1]}: it would be meaningless"
     ours, theirs = _schedule(solver), _schedule(model)
-    for key, value in theirs.items():
-        if ours[key] != value:
-            raise ValueError(
-                f"solver {name!r} was searched with {key} = {ours[key]!r}, this model has {value!r}; {remedy}"
-            )
+    keys = set(theirs)
+    if searched_at(solver):
+        keys -= set(SHIFT_KEYS)
+    if not any("timesteps" in table for table in solver["solvers"].values()):
+        keys -= {"invert_sigmas"}  # nodes are noise levels, whichever way the network counts its time
+    for key in (key for key in theirs if key in keys):
+        if ours[key] != theirs[key]:
+            return f"was searched with {key} = {ours[key]!r}, this model has {theirs[key]!r}"
+    return None
+
+
+def searched_at(solver: Mapping[str, Any]) -> dict[str, float | None] | None:
+    """The resolution shift contained in an artefact's nodes: recorded, or its own where that is a constant."""
+    if solver.get("searched_shift") is not None:
+        return solver["searched_shift"]
+    full = {**_defaults(), **solver}
+    if not is_flow(solver) or full["use_dynamic_shifting"]:
+        return None
+    return {"factor": full["shift"], "terminal": full["shift_terminal"]}
+
+
+def _remedy(model: Mapping[str, Any]) -> str:
+    fitting = [name for name in published_solvers() if _mismatch(model, published_config(name)) is None]
+    use = f"use {' or '.join(map(repr, fitting))}, which fits, " if fitting else ""
+    return f'{use}search one for this model ({SEARCH_COMMAND}) or use solvers="classical"'
 
 
 def _schedule(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a solver's validity hangs on, with defaults filled in."""
     full = {**_defaults(), **{k: v for k, v in config.items() if k in _defaults()}}
     if is_flow(config):
-        return {key: full[key] for key in FLOW_SCHEDULE_KEYS}
-    keys = ["num_train_timesteps", "rescale_betas_zero_snr"]
-    if full["trained_betas"] is not None:
-        return {key: full[key] for key in [*keys, "trained_betas"]} | {"beta_schedule": "trained_betas"}
-    return {key: full[key] for key in [*keys, "beta_schedule", "beta_start", "beta_end"]} | {"trained_betas": None}
+        return {key: full[key] for key in ("num_train_timesteps", "invert_sigmas", *SHIFT_KEYS)}
+    facts = {key: full[key] for key in ("num_train_timesteps", *BETA_KEYS)}
+    if facts["trained_betas"] is not None:
+        facts |= {"beta_schedule": "trained_betas", "beta_start": None, "beta_end": None}
+    return facts
 
 
 def _defaults() -> dict[str, Any]:
@@ -531,29 +719,25 @@ def _defaults() -> dict[str, Any]:
 
 def _matching_artefact(model: Mapping[str, Any], name: str, artefact: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments that put this artefact's solvers on the model's configuration."""
-    if "solvers" not in artefact:
+    if not isinstance(artefact.get("solvers"), Mapping):
         raise ValueError(f"{name!r} is a scheduler configuration without solvers")
     check_same_schedule(model, artefact, name)
-    return {key: artefact[key] for key in ("solvers", "provenance", "continuous_time") if key in artefact}
+    return {key: artefact[key] for key in ARTEFACT_KEYS if key in artefact} | {"searched_shift": searched_at(artefact)}
 
 
 def _matching_published(model: Mapping[str, Any]) -> dict[str, Any]:
     reasons = []
     for name in published_solvers():
-        try:
-            found = _matching_artefact(model, name, published_config(name))
-        except ValueError as error:
-            reasons.append(str(error).split("; search one")[0].split(": it would")[0])
-            continue
-        logger.info(f"using the published solver {name!r}")
-        return found
-    raise ValueError(
-        f"no published solver fits this noise schedule ({'; '.join(reasons)}). Search one for this model "
-        f'({SEARCH_COMMAND}) or use solvers="classical"'
-    )
+        artefact = published_config(name)
+        reason = _mismatch(model, artefact)
+        if reason is None:
+            logger.info(f"using the published solver {name!r}")
+            return _matching_artefact(model, name, artefact)
+        reasons.append(f"{name!r} {reason}")
+    raise ValueError(f"no published solver fits this noise schedule ({'; '.join(reasons)}); {_remedy(model)}")
 
 
-def _read_solvers(solvers: Any) -> dict[int, SolverSpec]:
+def _read_solvers(solvers: Any, path: Path) -> dict[int, SolverSpec]:
     """Checked specs by NFE. Raises ValueError that starts with the key at fault."""
     if solvers == CLASSICAL:
         return {}
@@ -578,6 +762,9 @@ def _read_solvers(solvers: Any) -> dict[int, SolverSpec]:
             raise ValueError(f"solvers[{text!r}]: {error}") from None
         if spec.nfe != int(text):
             raise ValueError(f"solvers[{text!r}] has {spec.nfe} steps; key and solver must agree")
+        rises = isinstance(path, FlowPath) and path.inverted
+        if spec.timesteps is not None and spec.nfe > 1 and spec.rising != rises:
+            raise ValueError(f"solvers[{text!r}]: timesteps must {'fall' if spec.rising else 'rise'} for this model")
         specs[spec.nfe] = spec
     return specs
 

@@ -33,8 +33,8 @@ class SolverSpec:
     Args:
         nodes: N+1 numbers in [0, 1], strictly falling, the last exactly 0.
         coefficients: N rows; row i has i+1 numbers, oldest model quantity first, and sums to 1 (within 1e-6).
-        timesteps: N times that the network is fed instead of those of the nodes, in the network's own units,
-            strictly falling, not negative; None: the nodes' own times.
+        timesteps: N times that the network is fed instead of those of the nodes, in the network's own units, not
+            negative, strictly falling (rising where the network's time does); None: the nodes' own times.
 
     Raises:
         ValueError: naming the entry, its value and what is expected.
@@ -67,14 +67,20 @@ class SolverSpec:
         if self.timesteps is not None:
             object.__setattr__(self, "timesteps", _numbers("timesteps", self.timesteps))
             _require_length("timesteps", self.timesteps, range(self.nfe, self.nfe + 1), "one per network call")
-            _require_falling("timesteps", self.timesteps)
-            if self.timesteps[-1] < 0:
-                raise ValueError(f"timesteps[{self.nfe - 1}] is {self.timesteps[-1]!r}; it must not be negative")
+            _require_falling("timesteps", self.timesteps, self.rising)
+            for i, time in enumerate(self.timesteps):
+                if time < 0:
+                    raise ValueError(f"timesteps[{i}] is {time!r}; it must not be negative")
 
     @property
     def nfe(self) -> int:
         """N, the number of network calls."""
         return len(self.nodes) - 1
+
+    @property
+    def rising(self) -> bool:
+        """Whether the network's time rises from noise to data."""
+        return self.timesteps is not None and self.nfe > 1 and self.timesteps[-1] > self.timesteps[0]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, as they stand in `scheduler_config.json`."""
@@ -241,11 +247,12 @@ def _require_length(name: str, values: Sequence[Any], allowed: range, meaning: s
         raise ValueError(f"{name} has {len(values)} entries; {wanted} expected ({meaning})")
 
 
-def _require_falling(name: str, values: Row) -> None:
+def _require_falling(name: str, values: Row, rising: bool = False) -> None:
+    where, way = ("above", "rise") if rising else ("below", "fall")
     for i in range(1, len(values)):
-        if not values[i] < values[i - 1]:
+        if values[i] == values[i - 1] or (values[i] > values[i - 1]) != rising:
             raise ValueError(
-                f"{name}[{i}] is {values[i]!r}, not below {name}[{i - 1}] = {values[i - 1]!r}; {name} must fall"
+                f"{name}[{i}] is {values[i]!r}, not {where} {name}[{i - 1}] = {values[i - 1]!r}; {name} must {way}"
             )
 
 

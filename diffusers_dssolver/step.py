@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+import torch
 from torch import Tensor
 
 Scalar = float | Tensor
 
 
 def step(x: Tensor, history: Sequence[Tensor], row: Sequence[Scalar], a: Scalar, b: Scalar) -> Tensor:
-    """x_next = a x + b * sum_j row_j d_j.
+    """x_next = a x + b * sum_j row_j d_j, in memory of its own.
 
     Args:
         x: state at the current node, any shape.
@@ -29,10 +30,23 @@ def step(x: Tensor, history: Sequence[Tensor], row: Sequence[Scalar], a: Scalar,
     """
     if len(row) != len(history):
         raise ValueError(f"a row of {len(row)} weights for a history of {len(history)}; they must be as many")
-    total = a * x
-    for weight, d in zip(row, history, strict=True):
-        if not (isinstance(weight, float) and weight == 0.0):
-            total = total + (b * weight) * d
+    return weighted_sum([(a, x), *((b * weight, d) for weight, d in zip(row, history, strict=True))])
+
+
+def weighted_sum(terms: Sequence[tuple[Scalar, Tensor]]) -> Tensor:
+    """sum of weight * tensor, shapes (...), in the dtype of the first; one pass over memory per term.
+
+    The first product is memory of its own and takes up the others in place, so nothing else is allocated; terms of
+    weight 0 are not read. Weights that are tensors are differentiated in.
+    """
+    (weight, total), *rest = [(w, t) for w, t in terms if isinstance(w, Tensor) or w != 0.0] or terms[:1]
+    if rest and isinstance(weight, float) and weight == 1.0 and isinstance(rest[0][0], float):
+        total = torch.add(total, rest[0][1], alpha=rest[0][0])
+        rest = rest[1:]
+    else:
+        total = total * weight
+    for weight, tensor in rest:
+        total = total + weight * tensor if isinstance(weight, Tensor) else total.add_(tensor, alpha=weight)
     return total
 
 

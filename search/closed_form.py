@@ -128,10 +128,18 @@ class ClosedForm:
     ) -> Tensor:
         """Final states minus the reference's, (B, ...), of this process's samples of a split: given rows, or classical
         ones of this order."""
-        indices, reference = self.train if split == "train" else self.validation
         self.probe.prepare(raw, rows, order=order, offsets=offsets)
-        final = run(self.sampler, self.probe, indices, split, len(raw) - 1)[-1]
+        return self._prepared_errors(split, len(raw) - 1)
+
+    def _prepared_errors(self, split: str, nfe: int) -> Tensor:
+        indices, reference = self.train if split == "train" else self.validation
+        final = run(self.sampler, self.probe, indices, split, nfe)[-1]
         return final[: len(indices)] - reference.final.to(final)
+
+    def score_spec(self, spec: SolverSpec) -> float:
+        """Final-state mse of a whole solver on the validation samples."""
+        self.probe.prepare_spec(spec)
+        return self.mean_square(self._prepared_errors("validation", spec.nfe))
 
     def score(self, raw: Tensor, rows: Sequence[Sequence[float]] | None, order: int = 2) -> float:
         """Final-state mse on the validation samples."""

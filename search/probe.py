@@ -5,14 +5,14 @@ the history and the reference's next state meet, and leaves the call after the l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffusers_dssolver import DSSolverScheduler
-from diffusers_dssolver.derive import classical
+from diffusers_dssolver.derive import classical, from_neighbours
 from diffusers_dssolver.paths import FlowPath
 from diffusers_dssolver.solver import SolverSpec
 from diffusers_dssolver.step import Scalar, step
@@ -58,12 +58,27 @@ class ProbeScheduler(DSSolverScheduler):
         self._plan = (nodes, rows, order, offsets)
         self._targets, self._row_solver = targets, row_solver
 
+    def prepare_spec(self, spec: SolverSpec) -> None:
+        """The next run is this solver's, as it would be published."""
+        self._plan, self._targets, self._row_solver = spec, None, None
+
     def final_nodes(self, nodes: Tensor) -> Tensor:
         """Nodes after the path's first node and the model's resolution shift, as they are integrated and published."""
         if isinstance(self._path, FlowPath):
             moved = self._shift()(list(nodes.unbind()))
             return torch.stack([torch.as_tensor(m, dtype=nodes.dtype) for m in moved])
         return nodes * self._path.first_node
+
+    def searched_shift(self) -> dict[str, float | None] | None:
+        """The resolution shift that the last run's nodes contain, as the configuration key of that name; None on vp."""
+        if not isinstance(self._path, FlowPath):
+            return None
+        shift = self._shift()
+        return {"factor": shift.factor, "terminal": shift.terminal}
+
+    def derived(self, solvers: Mapping[int, SolverSpec], nfe: int, interpolate_corrections: bool) -> SolverSpec:
+        """What a user gets at a step count between two tables."""
+        return from_neighbours(solvers, nfe, self._path, interpolate_corrections)
 
     def angle(self, nodes: Tensor) -> Tensor:
         """The coordinate in which references are interpolated, at final nodes."""
@@ -79,19 +94,25 @@ class ProbeScheduler(DSSolverScheduler):
     ) -> None:
         """As the parent's, for the arguments a pipeline gives; then the prepared nodes and rows are put in place."""
         super().set_timesteps(num_inference_steps, device, timesteps, sigmas, mu)
-        raw, rows, order, offsets = self._plan
-        if self.num_inference_steps != len(raw) - 1:
-            raise ValueError(f"the pipeline asks for {self.num_inference_steps} steps, the search for {len(raw) - 1}")
+        plan = self._plan
+        steps = plan.nfe if isinstance(plan, SolverSpec) else len(plan[0]) - 1
+        if self.num_inference_steps != steps:
+            raise ValueError(f"the pipeline asks for {self.num_inference_steps} steps, the search for {steps}")
+        self._live, self.states, self.rows = False, [], []
+        if isinstance(plan, SolverSpec):
+            self.nodes, self._fed = torch.tensor(plan.nodes, dtype=torch.float64), plan.timesteps
+            self._install(plan, device)
+            return
+        raw, rows, order, offsets = plan
         self._live = raw.requires_grad
         if self._live:
             torch.set_grad_enabled(True)  # the pipeline's own no_grad puts the mode back when its call ends
-        nodes = self.final_nodes(raw)
+        self.nodes = nodes = self.final_nodes(raw)
         if rows is None:
             rows = classical(nodes.detach().tolist(), self._path, order).coefficients
         fed = nodes[:-1] if offsets is None else (nodes[:-1] + offsets).clamp(0, 1)
         self._install_tensors(nodes, self._path.timestep(fed), rows, device)
         self._needed = [i + 1 for i in range(len(raw) - 1)] if self._row_solver else self._needed
-        self.nodes, self.states, self.rows = nodes, [], []
         self._fed = None if offsets is None else self._path.timestep(fed).tolist()
 
     def step(

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 import time
@@ -34,6 +35,9 @@ from .sampling import Sampler, load_pipeline, read_prompts
 from .teacher import Reference, reference
 
 SOLVER_KEYS = ("nodes", "timesteps", "coefficients")
+# of a solver that the pipeline already had
+OWN_KEYS = ("solvers", "provenance", "strict", "history_length", "searched_shift", "interpolate_corrections")
+DERIVED = ("validation_mse_classical", "validation_mse_corrections")
 STATE, METRICS = "search_state.json", "metrics.jsonl"
 
 
@@ -47,7 +51,9 @@ class Search:
             config.pretrained_model_name_or_path, config.dtype, self.accelerator.device, config.revision
         )
         self.sampler = Sampler(pipe, config.call_arguments, read_prompts(config.prompts_file), config.seed)
-        self.probe = ProbeScheduler.from_config(pipe.scheduler.config, solvers="classical")
+        self.probe = ProbeScheduler.from_config(
+            pipe.scheduler.config, solvers="classical", strict=False, history_length=None
+        )
         self.started = time.time()
         self.state = self._open_state()
 
@@ -78,6 +84,7 @@ class Search:
             for nfe in tqdm(missing, desc="filling other step counts", disable=not self.accelerator.is_main_process):
                 began = self._evaluations(), time.time()
                 self._keep(form, nfe, self._filled(form, nfe), "filled", began)
+        self._measure_derived(form)
         if self.accelerator.is_main_process:
             print(self.table())
 
@@ -106,6 +113,27 @@ class Search:
         warp = [float(np.interp(nfe, counts, [known[n]["warp"][k] for n in counts])) for k in range(3)]
         ridge = known[min(counts, key=lambda n: abs(n - nfe))]["ridge"]
         return _entry(form.validated(form.fit(nfe, warp, ridge)))
+
+    def _measure_derived(self, form: ClosedForm) -> None:
+        """Whether step counts between two tables gain from what both learned beside their nodes, measured at a few."""
+        solvers = {int(n): SolverSpec.from_dict(table) for n, table in self._tables().items()}
+        gaps = [n for n in range(min(solvers), max(solvers)) if n not in solvers]
+        chosen = [gaps[i] for i in sorted({round(k * (len(gaps) - 1) / 3) for k in range(4)})] if gaps else []
+        if [str(n) for n in chosen] == list(self.state.get("derived", {})):
+            return
+        self.state["derived"] = {}
+        for nfe in chosen:
+            scores = [form.score_spec(self.probe.derived(solvers, nfe, learned)) for learned in (False, True)]
+            self.state["derived"][str(nfe)] = dict(zip(DERIVED, scores, strict=True))
+            self._log({"nfe": nfe, "derived": self.state["derived"][str(nfe)]})
+        self.state["network_evaluations"] = self._evaluations()
+        if self.accelerator.is_main_process:
+            self.write()
+
+    def _corrections_help(self) -> bool:
+        """In the geometric mean over the step counts measured; no if none was."""
+        measured = self.state.get("derived", {}).values()
+        return bool(measured) and math.prod(m[DERIVED[1]] / m[DERIVED[0]] for m in measured) < 1
 
     def _paper(self, form: ClosedForm, nfe: int) -> dict[str, Any]:
         """Algorithm 1 and 2: gradients through the pipeline's call, fresh samples for every update."""
@@ -182,16 +210,22 @@ class Search:
 
     def write(self) -> None:
         """`scheduler_config.json` and the state, each renamed into place."""
-        kept = {n: e for n, e in self.state["solvers"].items() if e["kind"] != "dropped"}
-        solvers = {n: {k: e[k] for k in SOLVER_KEYS if k in e} for n, e in kept.items()}
-        config = {
-            k: v for k, v in self.sampler.pipe.scheduler.config.items() if k not in ("solvers", "provenance", "strict")
-        }
-        scheduler = DSSolverScheduler.from_config(config, solvers=solvers, provenance=self.provenance())
+        config = {k: v for k, v in self.sampler.pipe.scheduler.config.items() if k not in OWN_KEYS}
+        scheduler = DSSolverScheduler.from_config(
+            config,
+            solvers=self._tables(),
+            provenance=self.provenance(),
+            searched_shift=self.probe.searched_shift(),
+            interpolate_corrections=self._corrections_help(),
+        )
         with tempfile.TemporaryDirectory(dir=self.folder) as partial:
             scheduler.save_pretrained(partial)
             os.replace(Path(partial) / "scheduler_config.json", self.folder / "scheduler_config.json")
         _write_text(self.folder / STATE, json.dumps(self.state, indent=1))
+
+    def _tables(self) -> dict[str, dict[str, Any]]:
+        kept = {n: e for n, e in self.state["solvers"].items() if e["kind"] != "dropped"}
+        return {n: {k: e[k] for k in SOLVER_KEYS if k in e} for n, e in kept.items()}
 
     def provenance(self) -> dict[str, Any]:
         config = self.config
@@ -220,6 +254,7 @@ class Search:
                 }
                 for n, e in self.state["solvers"].items()
             },
+            "derived": self.state.get("derived", {}),
             "versions": {name: _version(name) for name in ("diffusers-dssolver", "diffusers", "torch")},
         }
         return facts

@@ -46,6 +46,18 @@ class GaussianProblem:
         return (x - denoised) / sigma if self.kind == "flow" else denoised
 
 
+def quantity(path, output, x: Tensor, alpha, sigma, prediction: str) -> Tensor:
+    """The model quantity on a path, from the network's output at x."""
+    p, q = path.quantity_weights(alpha, sigma, prediction)
+    return p * x + q * output
+
+
+def denoised(path, d: Tensor, x: Tensor, alpha, sigma) -> Tensor:
+    """The predicted data on a path, from the model quantity at x."""
+    p, q = path.denoised_weights(alpha, sigma)
+    return p * x + q * d
+
+
 def integrate(problem, alphas, sigmas, transition, rows, x: Tensor, seeded: int = 0) -> Tensor:
     """The last state of a run through `step` alone. With `seeded` = k the run begins at node k, with the exact state
     there and the exact quantities of nodes 0..k-1 as its history, so that no start-up error is left."""

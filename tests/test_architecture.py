@@ -21,6 +21,7 @@ ALLOWED = {
     "published": set(),
     "step": {"torch"},
     "paths": {"torch"},
+    "grids": set(),
     "derive": {"torch", f"{RUNTIME}.paths", f"{RUNTIME}.solver"},
 }
 

@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.schedulers import scheduling_ddim, scheduling_ddpm
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import DoubleTorch
+from problems import DoubleTorch, denoised, quantity
 from scipy.integrate import quad
 
 from diffusers_dssolver.paths import PREDICTION_TYPES, ContinuousVPPath, FlowPath, Path, VPPath, make_betas
@@ -267,9 +267,9 @@ def test_vp_quantity_is_the_data(name, prediction, node, as_float):
     alpha, sigma = PATHS[name].alpha_sigma(double(node)[0])
     x, output = alpha * data + sigma * noise, outputs(data, noise, alpha, sigma)[prediction]
     factors = (alpha.item(), sigma.item()) if as_float else (alpha, sigma)
-    d = PATHS[name].quantity(output, x, *factors, prediction)
+    d = quantity(PATHS[name], output, x, *factors, prediction)
     torch.testing.assert_close(d, data, rtol=0, atol=1e-11)
-    torch.testing.assert_close(PATHS[name].denoised(d, x, *factors), data, rtol=0, atol=1e-11)
+    torch.testing.assert_close(denoised(PATHS[name], d, x, *factors), data, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("node", [1.0, 0.5, 0.02])
@@ -280,9 +280,9 @@ def test_flow_quantity_is_noise_minus_data(name, node):
     alpha, sigma = PATHS[name].alpha_sigma(double(node)[0])
     x = alpha * data + sigma * noise
     output = data - noise if name == "flow inverted" else noise - data
-    d = PATHS[name].quantity(output, x, alpha, sigma, "flow_prediction")
+    d = quantity(PATHS[name], output, x, alpha, sigma, "flow_prediction")
     torch.testing.assert_close(d, noise - data, rtol=0, atol=1e-14)
-    torch.testing.assert_close(PATHS[name].denoised(d, x, alpha, sigma), data, rtol=0, atol=1e-14)
+    torch.testing.assert_close(denoised(PATHS[name], d, x, alpha, sigma), data, rtol=0, atol=1e-14)
 
 
 FOREIGN = [
@@ -297,7 +297,7 @@ FOREIGN = [
 def test_a_prediction_of_the_other_kind_is_refused(name, prediction):
     kind = "flow" if name.startswith("flow") else "vp"
     with pytest.raises(ValueError, match=f"prediction_type '{prediction}' on a {kind} path"):
-        PATHS[name].quantity(double(1.0), double(1.0), 0.6, 0.8, prediction)
+        quantity(PATHS[name], double(1.0), double(1.0), 0.6, 0.8, prediction)
 
 
 # --- betas ---------------------------------------------------------------------------------------------------------

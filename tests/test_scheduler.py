@@ -27,6 +27,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.pipelines.flux.pipeline_flux import retrieve_timesteps
+from problems import quantity
 
 from diffusers_dssolver import DSSolverScheduler, SolverSpec, published_solvers
 from diffusers_dssolver.paths import FlowPath, VPPath, make_betas
@@ -103,7 +104,7 @@ def test_signatures_list_what_pipelines_look_up():
     names = list(inspect.signature(DSSolverScheduler.set_timesteps).parameters)
     assert names == ["self", "num_inference_steps", "device", "timesteps", "sigmas", "mu"]
     names = list(inspect.signature(DSSolverScheduler.step).parameters)
-    assert names == ["self", "model_output", "timestep", "sample", "generator", "return_dict"]
+    assert names == ["self", "model_output", "timestep", "sample", "generator", "return_dict", "per_token_timesteps"]
     assert list(inspect.signature(DSSolverScheduler.add_noise).parameters)[1:] == [
         "original_samples",
         "noise",
@@ -338,7 +339,7 @@ def test_a_run_is_the_rollout_of_the_search(prediction_type, fed, nfe):
     assert torch.equal(scheduler.timesteps, times)
 
     def evaluate(state, t):
-        return path.quantity(network(state, t), state, *next(levels), prediction_type)
+        return quantity(path, network(state, t), state, *next(levels), prediction_type)
 
     transitions = zip(*(f.tolist() for f in path.transition(alphas, sigmas)), strict=True)
     wanted = rollout(evaluate, x, times.tolist(), transitions, table["coefficients"])
@@ -412,7 +413,7 @@ def test_a_start_in_the_middle_needs_no_announcement(prediction_type, index):
     ds, y = [], x
     for i in range(index, 8):
         t = path.timestep(nodes)[i].float()
-        ds.append(path.quantity(network(y, t), y, alphas[i], sigmas[i], prediction_type))
+        ds.append(quantity(path, network(y, t), y, alphas[i], sigmas[i], prediction_type))
         row = table["coefficients"][i]
         folded = [sum(row[: i - len(ds) + 2]), *row[i - len(ds) + 2 :]]
         y = a[i] * y + b[i] * sum(c * d for c, d in zip(folded, ds, strict=True))
@@ -837,8 +838,12 @@ def test_from_a_flow_schedulers_config(cls):
     plain = DSSolverScheduler.from_config(cls().config)
     assert plain._solvers
     assert plain.config.prediction_type == "flow_prediction"
-    with pytest.raises(ValueError, match=r"shift.*dssolver_search"):
-        DSSolverScheduler.from_config(cls(shift=3.0).config)
+    shifted = DSSolverScheduler.from_config(cls(shift=3.0).config)  # searched at shift 1
+    assert shifted._solvers == plain._solvers
+    for scheduler in (plain, shifted):
+        scheduler.set_timesteps(8)
+    s = plain.sigmas
+    assert_close(shifted.sigmas, 3 * s / (1 + 2 * s), 1e-6)
 
 
 @pytest.mark.parametrize("cls", [UniPCMultistepScheduler, DPMSolverMultistepScheduler])
@@ -848,16 +853,28 @@ def test_the_flow_shift_of_multistep_classes_is_not_lost(cls):
     ours = DSSolverScheduler.from_config(config, solvers="classical")
     ours.set_timesteps(4)
     assert_close(ours.sigmas, torch.tensor([3 * s / (1 + 2 * s) for s in (1, 0.75, 0.5, 0.25, 0)]), 1e-6)
-    with pytest.raises(ValueError, match="shift"):
-        DSSolverScheduler.from_config(config)
+    assert DSSolverScheduler.from_config(config).config.shift == 3.0
 
 
-@pytest.mark.parametrize("cls", [CogVideoXDDIMScheduler, EDMEulerScheduler])
-def test_a_noise_schedule_of_another_kind_is_refused(cls):
-    """CogVideoX divides its signal-to-noise ratio by a constant, EDM has no betas: neither may pass for linear ones."""
+@pytest.mark.parametrize(
+    "config",
+    [EDMEulerScheduler().config, EulerDiscreteScheduler(timestep_type="continuous", **SD_CONFIG).config],
+    ids=["EDM", "SVD"],
+)
+def test_noise_levels_that_are_neither_flow_nor_vp_are_refused(config):
     for solvers in ("classical", "dit-xl-2-256", None):
-        with pytest.raises(ValueError, match=r"snr_shift_scale|sigma_data"):
-            DSSolverScheduler.from_config(cls().config, solvers=solvers)
+        with pytest.raises(ValueError, match=r"(sigma_data|timestep_type) is .*EDM"):
+            DSSolverScheduler.from_config(config, solvers=solvers)
+
+
+@pytest.mark.parametrize("rescale", [False, True])
+def test_the_snr_shift_of_cogvideox_is_in_the_noise_levels(rescale):
+    theirs = CogVideoXDDIMScheduler(rescale_betas_zero_snr=rescale)
+    ours = DSSolverScheduler.from_config(theirs.config, solvers="classical")
+    assert ours.config.snr_shift_scale == 3.0  # a default of theirs, not of ours
+    assert_close(ours.alphas_cumprod, theirs.alphas_cumprod.clamp(min=2.0**-24 if rescale else 0), 1e-6)
+    with pytest.raises(ValueError, match=r"'dit-xl-2-256' was searched with .*, this model has"):
+        DSSolverScheduler.from_config(theirs.config)
 
 
 def test_from_config_with_a_named_artefact(tmp_path):
@@ -1060,7 +1077,7 @@ HOSTILE = {
     "beta schedule": (good_config(beta_schedule="cubic"), "beta_schedule is 'cubic'"),
     "beta schedule list": (good_config(beta_schedule=["linear"]), "beta_schedule is"),
     "betas text": (good_config(num_train_timesteps=2, trained_betas=["a", "b"]), "trained_betas is 'a'"),
-    "betas length": (good_config(trained_betas=[0.1]), "trained_betas must be a list of num_train_timesteps = 1000"),
+    "betas none": (good_config(trained_betas=[]), "trained_betas must be a list of 1 to"),
     "betas word": (good_config(num_train_timesteps=4, trained_betas="beta"), "trained_betas must be a list"),
     "betas nan": (good_config(num_train_timesteps=2, trained_betas=[0.1, math.nan]), "trained_betas is nan"),
     "betas zero": (good_config(num_train_timesteps=2, trained_betas=[0.1, 0.0]), "every beta must lie between"),

@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from diffusers.schedulers import scheduling_dpmsolver_multistep
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import DoubleTorch, nonlinear_model, specs
+from problems import DoubleTorch, nonlinear_model, quantity, specs
 
 from diffusers_dssolver import SolverSpec
 from diffusers_dssolver.paths import VPPath
@@ -82,7 +82,7 @@ def our_states(rows, alpha, sigma, timesteps, x):
     factors = {t.item(): (a, s) for t, a, s in zip(timesteps, alpha.tolist(), sigma.tolist(), strict=False)}
     transitions = zip(*(f.tolist() for f in path.transition(alpha, sigma)), strict=True)
     return rollout(
-        lambda x, t: path.quantity(nonlinear_model(x, t), x, *factors[t], "epsilon"),
+        lambda x, t: quantity(path, nonlinear_model(x, t), x, *factors[t], "epsilon"),
         x,
         timesteps.tolist(),
         transitions,
