@@ -211,7 +211,10 @@ def make_betas(
             f"beta_schedule is {beta_schedule!r}; known: {', '.join(BETA_SCHEDULES)}, or give trained_betas"
         )
     if not ((betas > 0) & (betas < 1)).all():
-        raise ValueError(f"betas run from {betas.min():.4g} to {betas.max():.4g}; every beta must lie between 0 and 1")
+        keys = "beta_start and beta_end" if trained_betas is None else "trained_betas"
+        raise ValueError(
+            f"{keys} give betas from {betas.min():.4g} to {betas.max():.4g}; every beta must lie between 0 and 1"
+        )
     if rescale_betas_zero_snr or snr_shift_scale != 1:
         bar = torch.cumprod(1 - betas, 0)
         bar = bar / (snr_shift_scale + (1 - snr_shift_scale) * bar)

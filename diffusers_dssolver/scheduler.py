@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,25 +15,30 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 from diffusers.utils import BaseOutput, logging
 from torch import Tensor
 
+from .config import (
+    ARTEFACT_KEYS,
+    CLASSICAL,
+    SCHEDULE_KEYS,
+    Brief,
+    check_keys,
+    check_options,
+    is_flow,
+    make_path,
+    mismatch,
+    read_shift,
+    read_solvers,
+    searched_at,
+)  # fmt: skip
 from .derive import Shift, classical, dynamic_shift, from_neighbours, reshifted, uniform_nodes, warp
 from .grids import TOLERANCE, is_default
-from .paths import MAX_TRAIN_TIMESTEPS, PREDICTION_TYPES, ContinuousVPPath, FlowPath, Path, VPPath, make_betas
+from .paths import FlowPath, VPPath
 from .published import published_config, published_solvers
 from .solver import MAX_NFE, SolverSpec, fold
 from .step import Scalar, step, weighted_sum
 
 logger = logging.get_logger(__name__)
 
-CLASSICAL = "classical"
 SEARCH_COMMAND = "python -m dssolver_search search --pretrained_model_name_or_path MODEL --nfe 5 8 --output_dir OUT"
-SHIFT_KEYS = ("shift", "use_dynamic_shifting", "time_shift_type", "shift_terminal")
-BETA_KEYS = ("beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr", "snr_shift_scale")
-SCHEDULE_KEYS = ("num_train_timesteps", "prediction_type", "invert_sigmas", *BETA_KEYS, *SHIFT_KEYS)
-ARTEFACT_KEYS = ("solvers", "provenance", "continuous_time", "searched_shift", "interpolate_corrections")
-BOOLEAN_KEYS = (
-    "rescale_betas_zero_snr", "continuous_time", "use_dynamic_shifting", "invert_sigmas", "strict", "thresholding",
-    "interpolate_corrections",
-)  # fmt: skip
 LEARNED_VARIANCE = ("learned", "learned_range")
 
 
@@ -130,14 +136,14 @@ class DSSolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
         if isinstance(trained_betas, np.ndarray):
             self.register_to_config(trained_betas=trained_betas.tolist())
         self.register_to_config(use_flow_sigmas=prediction_type == "flow_prediction")
+        check_options(self.config)
         self._path = make_path(self.config)
-        _check_options(self.config)
-        self._solvers = _read_solvers(solvers, self._path)
-        self._searched = _read_shift(searched_shift)
+        self._solvers = read_solvers(solvers, self._path)
+        self._searched = read_shift(searched_shift)
         if self._solvers:  # plain lists under text keys, and no list of the caller's
-            self.register_to_config(solvers=_Brief({str(n): spec.to_dict() for n, spec in self._solvers.items()}))
+            self.register_to_config(solvers=Brief({str(n): spec.to_dict() for n, spec in self._solvers.items()}))
         if isinstance(provenance, dict):
-            self.register_to_config(provenance=_Brief(provenance))
+            self.register_to_config(provenance=Brief(provenance))
         self._announced: set[int] = set()
         self._begin_index: int | None = None
         self._mu: float | None = None
@@ -172,6 +178,7 @@ class DSSolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
         """
         if not isinstance(config, Mapping):
             raise ValueError(f"config is {config!r}; pass a scheduler's configuration, such as pipe.scheduler.config")
+        check_keys(config)
         known = cls._get_init_keys(cls) - {"self"}
         if unknown := sorted(set(kwargs) - known):
             raise ValueError(f"{cls.__name__} has no argument {unknown[0]!r}; there are: {', '.join(sorted(known))}")
@@ -192,8 +199,8 @@ class DSSolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
         source = given.get("solvers")
         if source is None:
             kwargs |= _matching_published(given)
-        elif isinstance(source, str) and source != CLASSICAL:
-            kwargs |= _matching_artefact(given, source, cls._load_artefact(source))
+        elif isinstance(source, str) and source != CLASSICAL and "solvers" in kwargs:  # a file cannot send us elsewhere
+            kwargs |= _matching(given, source, cls._load_artefact(source))
         return super().from_config(dict(config), return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     @classmethod
@@ -211,13 +218,18 @@ class DSSolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
             raise SolverFileError(
                 f"{str(pretrained_model_name_or_path)!r} holds a {type(config).__name__}, not a JSON object"
             )
+        check_keys(config)
         return loaded
 
     @classmethod
     def _load_artefact(cls, source: str) -> dict[str, Any]:
-        if source in published_solvers():
-            return published_config(source)
-        return dict(cls.load_config(source))
+        """A solver's full configuration, checked."""
+        config = published_config(source) if source in published_solvers() else dict(cls.load_config(source))
+        if "solvers" not in config:
+            raise ValueError(f"{source!r} is a scheduler configuration without solvers")
+        if not isinstance(config["solvers"], Mapping):
+            raise ValueError(f"{source!r} has no tables; pass solvers={CLASSICAL!r} for classical rows")
+        return dict(DSSolverScheduler.from_config(config).config)
 
     # --- the run ---------------------------------------------------------------------------------------------------
 
@@ -521,7 +533,8 @@ class DSSolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
             index = self._begin_index
         if index is None and compiling:
             index = 0
-            torch._assert_async(torch.as_tensor(timestep).to(self.timesteps) == self.timesteps[0])
+            at_start = torch.as_tensor(timestep).to(self.timesteps) == self.timesteps[0]
+            torch._assert_async(at_start, "a compiled run that starts in the middle needs set_begin_index before it")
         if index is None:
             index = int((self.timesteps.detach().cpu() - float(timestep)).abs().argmin())
         if not self._rows:
@@ -558,13 +571,6 @@ class DSSolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
         return torch.clamp(d, -s, s) / s
 
 
-class _Brief(dict):
-    """A dict that prints short: diffusers warns with every key that a class does not know, tables and all."""
-
-    def __repr__(self) -> str:
-        return f"<{len(self)} entries: {', '.join(map(str, self))}>"
-
-
 def _in_dtype_of(x: Tensor, other: Tensor, p: Scalar, q: Scalar) -> Tensor:
     """p x + q other in the dtype of x, always memory of its own."""
     if isinstance(p, float) and p == 0.0:
@@ -572,201 +578,38 @@ def _in_dtype_of(x: Tensor, other: Tensor, p: Scalar, q: Scalar) -> Tensor:
     return weighted_sum([(p, x), (q, other)])
 
 
-def make_path(config: Mapping[str, Any]) -> Path:
-    """The path that a configuration with diffusers' keys describes. Raises ValueError naming the key at fault."""
-    for key in BOOLEAN_KEYS:
-        if not isinstance(config[key], bool):
-            raise ValueError(f"{key} is {config[key]!r}; it must be true or false")
-    count, prediction = config["num_train_timesteps"], config["prediction_type"]
-    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_TRAIN_TIMESTEPS:
-        raise ValueError(f"num_train_timesteps is {count!r}; it must be a whole number from 1 to {MAX_TRAIN_TIMESTEPS}")
-    if prediction not in PREDICTION_TYPES:
-        raise ValueError(f"prediction_type is {prediction!r}; known: {', '.join(PREDICTION_TYPES)}")
-    if prediction == "flow_prediction":
-        shift, kind = config["shift"], config["time_shift_type"]
-        if isinstance(shift, bool) or not isinstance(shift, (int, float)) or not 0 < shift < 1e300:
-            raise ValueError(f"shift is {shift!r}; it must be a positive number")
-        for key, top in (("shift_terminal", 1.0), ("base_shift", 1e300)):
-            value = config[key]
-            if value is not None and (
-                isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < top
-            ):
-                raise ValueError(f"{key} is {value!r}; it must be a number from 0 to below {top:g}, or null")
-        if kind not in ("exponential", "linear"):
-            raise ValueError(f"time_shift_type is {kind!r}; known: exponential, linear")
-        return FlowPath(count, bool(config["invert_sigmas"]))
-    trained = config["trained_betas"]
-    if trained is not None and (not isinstance(trained, (list, tuple)) or not 1 <= len(trained) <= MAX_TRAIN_TIMESTEPS):
-        raise ValueError(f"trained_betas must be a list of 1 to {MAX_TRAIN_TIMESTEPS} numbers")
-    scale = config["snr_shift_scale"]
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 1e-6 <= scale <= 1e6:
-        raise ValueError(f"snr_shift_scale is {scale!r}; it must be a number from 1e-6 to 1e6")
-    betas = make_betas(
-        count,
-        config["beta_start"],
-        config["beta_end"],
-        config["beta_schedule"],
-        trained,
-        config["rescale_betas_zero_snr"],
-        scale,
-    )
-    if not config["continuous_time"]:
-        return VPPath(betas)
-    if scale != 1 or config["rescale_betas_zero_snr"]:
-        raise ValueError("continuous_time goes with plain betas: neither snr_shift_scale nor rescale_betas_zero_snr")
-    return ContinuousVPPath(betas)
+def _filled(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Any scheduler's configuration with every key of ours: its own values, else our defaults."""
+    arguments = inspect.signature(DSSolverScheduler.__init__).parameters
+    full = {key: config.get(key, argument.default) for key, argument in arguments.items() if key != "self"}
+    return {**full, "prediction_type": "flow_prediction"} if is_flow(config) else full
 
 
-def _check_options(config: Mapping[str, Any]) -> None:
-    """What is no part of the noise schedule. Raises ValueError naming the key at fault."""
-    length = config["history_length"]
-    if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
-        raise ValueError(f"history_length is {length!r}; it must be a whole number from 1, or null")
-    for key, low, high in (("dynamic_thresholding_ratio", 0.0, 1.0), ("sample_max_value", 1.0, 1e300)):
-        value = config[key]
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-            raise ValueError(f"{key} is {value!r}; it must be a number from {low:g} to {high:g}")
-    if config["thresholding"] and config["prediction_type"] == "flow_prediction":
-        raise ValueError("thresholding is for vp models; on a flow model leave it false")
-
-
-def _read_shift(value: Any) -> Shift | None:
-    """`searched_shift` of a configuration. Raises ValueError naming what is wrong."""
-    if value is None:
-        return None
-    if not isinstance(value, Mapping) or set(value) != {"factor", "terminal"}:
-        raise ValueError(f"searched_shift is {str(value)[:60]}; it must have the keys factor and terminal, or be null")
-    factor, terminal = value["factor"], value["terminal"]
-    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 1e-6 <= factor <= 1e6:
-        raise ValueError(f"searched_shift: factor is {factor!r}; it must be a number from 1e-6 to 1e6")
-    if terminal is not None and (
-        isinstance(terminal, bool) or not isinstance(terminal, (int, float)) or not 0 <= terminal < 1
-    ):
-        raise ValueError(f"searched_shift: terminal is {terminal!r}; it must be a number from 0 to below 1, or null")
-    return Shift(float(factor), terminal)
-
-
-def is_flow(config: Mapping[str, Any]) -> bool:
-    """Whether a configuration is a flow model's: it says so, or has a shift and no betas (FlowMatch classes)."""
-    if "solvers" in config:  # ours, perhaps carried along by another class: it says what it is
-        return config.get("prediction_type", "epsilon") == "flow_prediction"
-    if config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas"):
-        return True
-    return "shift" in config and "beta_start" not in config
-
-
-def check_same_schedule(model: Mapping[str, Any], solver: Mapping[str, Any], name: str) -> None:
-    """Refuse a solver whose noise schedule is not the model's. Another resolution shift is no reason to, as long as it
-    is known at which one the solver was searched (`searched_at`).
-
-    Raises:
-        ValueError: naming the first key that differs, both values and the remedy.
-    """
-    reason = _mismatch(model, solver)
+def _matching(model: Mapping[str, Any], name: str, artefact: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments that put this artefact's solvers on the model's configuration; ValueError if its noise schedule is
+    another, with the remedy."""
+    reason = mismatch(_filled(model), artefact)
     if reason is not None:
         raise ValueError(f"solver {name!r} {reason}; {_remedy(model)}")
-
-
-def _mismatch(model: Mapping[str, Any], solver: Mapping[str, Any]) -> str | None:
-    """Why a solver cannot be this model's; None if it can."""
-    if is_flow(model) != is_flow(solver):
-        kinds = ["flow" if is_flow(c) else "vp" for c in (solver, model)]
-        return f"is for {kinds[0]} models, this model is {kinds[1]}: it would be meaningless"
-    ours, theirs = _schedule(solver), _schedule(model)
-    keys = set(theirs)
-    if searched_at(solver):
-        keys -= set(SHIFT_KEYS)
-    if not any("timesteps" in table for table in solver["solvers"].values()):
-        keys -= {"invert_sigmas"}  # nodes are noise levels, whichever way the network counts its time
-    for key in (key for key in theirs if key in keys):
-        if ours[key] != theirs[key]:
-            return f"was searched with {key} = {ours[key]!r}, this model has {theirs[key]!r}"
-    return None
-
-
-def searched_at(solver: Mapping[str, Any]) -> dict[str, float | None] | None:
-    """The resolution shift contained in an artefact's nodes: recorded, or its own where that is a constant."""
-    if solver.get("searched_shift") is not None:
-        return solver["searched_shift"]
-    full = {**_defaults(), **solver}
-    if not is_flow(solver) or full["use_dynamic_shifting"]:
-        return None
-    return {"factor": full["shift"], "terminal": full["shift_terminal"]}
-
-
-def _remedy(model: Mapping[str, Any]) -> str:
-    fitting = [name for name in published_solvers() if _mismatch(model, published_config(name)) is None]
-    use = f"use {' or '.join(map(repr, fitting))}, which fits, " if fitting else ""
-    return f'{use}search one for this model ({SEARCH_COMMAND}) or use solvers="classical"'
-
-
-def _schedule(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a solver's validity hangs on, with defaults filled in."""
-    full = {**_defaults(), **{k: v for k, v in config.items() if k in _defaults()}}
-    if is_flow(config):
-        return {key: full[key] for key in ("num_train_timesteps", "invert_sigmas", *SHIFT_KEYS)}
-    facts = {key: full[key] for key in ("num_train_timesteps", *BETA_KEYS)}
-    if facts["trained_betas"] is not None:
-        facts |= {"beta_schedule": "trained_betas", "beta_start": None, "beta_end": None}
-    return facts
-
-
-def _defaults() -> dict[str, Any]:
-    from inspect import signature
-
-    return {k: p.default for k, p in signature(DSSolverScheduler.__init__).parameters.items() if k != "self"}
-
-
-def _matching_artefact(model: Mapping[str, Any], name: str, artefact: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments that put this artefact's solvers on the model's configuration."""
-    if not isinstance(artefact.get("solvers"), Mapping):
-        raise ValueError(f"{name!r} is a scheduler configuration without solvers")
-    check_same_schedule(model, artefact, name)
-    return {key: artefact[key] for key in ARTEFACT_KEYS if key in artefact} | {"searched_shift": searched_at(artefact)}
+    return {key: artefact[key] for key in ARTEFACT_KEYS} | {"searched_shift": searched_at(artefact)}
 
 
 def _matching_published(model: Mapping[str, Any]) -> dict[str, Any]:
-    reasons = []
-    for name in published_solvers():
-        artefact = published_config(name)
-        reason = _mismatch(model, artefact)
+    artefacts = {name: _filled(published_config(name)) for name in published_solvers()}
+    reasons = {name: mismatch(_filled(model), artefact) for name, artefact in artefacts.items()}
+    for name, reason in reasons.items():
         if reason is None:
             logger.info(f"using the published solver {name!r}")
-            return _matching_artefact(model, name, artefact)
-        reasons.append(f"{name!r} {reason}")
-    raise ValueError(f"no published solver fits this noise schedule ({'; '.join(reasons)}); {_remedy(model)}")
+            return _matching(model, name, artefacts[name])
+    told = "; ".join(f"{name!r} {reason}" for name, reason in reasons.items())
+    raise ValueError(f"no published solver fits this noise schedule ({told}); {_remedy(model)}")
 
 
-def _read_solvers(solvers: Any, path: Path) -> dict[int, SolverSpec]:
-    """Checked specs by NFE. Raises ValueError that starts with the key at fault."""
-    if solvers == CLASSICAL:
-        return {}
-    if not isinstance(solvers, Mapping) or not solvers:
-        raise ValueError(
-            f'solvers must be a dict from step counts to solvers, or "classical", not {str(solvers)[:60]!r}'
-        )
-    specs = {}
-    for key, value in solvers.items():
-        text = str(key)
-        if not (
-            text.isascii()
-            and text.isdigit()
-            and len(text) <= 4
-            and 1 <= int(text) <= MAX_NFE
-            and text == str(int(text))
-        ):
-            raise ValueError(f"solvers[{text[:60]!r}]: the key must be a step count from 1 to {MAX_NFE}")
-        try:
-            spec = value if isinstance(value, SolverSpec) else SolverSpec.from_dict(value)
-        except ValueError as error:
-            raise ValueError(f"solvers[{text!r}]: {error}") from None
-        if spec.nfe != int(text):
-            raise ValueError(f"solvers[{text!r}] has {spec.nfe} steps; key and solver must agree")
-        rises = isinstance(path, FlowPath) and path.inverted
-        if spec.timesteps is not None and spec.nfe > 1 and spec.rising != rises:
-            raise ValueError(f"solvers[{text!r}]: timesteps must {'fall' if spec.rising else 'rise'} for this model")
-        specs[spec.nfe] = spec
-    return specs
+def _remedy(model: Mapping[str, Any]) -> str:
+    full = _filled(model)
+    fitting = [name for name in published_solvers() if mismatch(full, _filled(published_config(name))) is None]
+    use = f"use {' or '.join(map(repr, fitting))}, which fits, " if fitting else ""
+    return f'{use}search one for this model ({SEARCH_COMMAND}) or use solvers="classical"'
 
 
 def _floats(name: str, values: Sequence[float] | Tensor | np.ndarray) -> list[float]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from diffusers_dssolver import DSSolverScheduler
-from diffusers_dssolver.scheduler import is_flow
+from diffusers_dssolver.config import is_flow
 
 from .config import CompareConfig
 from .plots import comparison_picture, error_curves

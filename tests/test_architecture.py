@@ -22,6 +22,7 @@ ALLOWED = {
     "step": {"torch"},
     "paths": {"torch"},
     "grids": set(),
+    "config": {f"{RUNTIME}.derive", f"{RUNTIME}.paths", f"{RUNTIME}.solver"},
     "derive": {"torch", f"{RUNTIME}.paths", f"{RUNTIME}.solver"},
 }
 

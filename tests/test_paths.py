@@ -329,7 +329,7 @@ def test_unknown_schedule_is_named(schedule):
     "keys", [{"beta_start": 0.0}, {"beta_start": -0.1}, {"beta_end": 1.0}, {"trained_betas": [0.5, 1.5]}]
 )
 def test_betas_outside_zero_to_one_are_refused(keys):
-    with pytest.raises(ValueError, match=r"betas run from .* every beta must lie between 0 and 1"):
+    with pytest.raises(ValueError, match=r"give betas from .* every beta must lie between 0 and 1"):
         betas_of(**keys)
 
 

@@ -1139,18 +1139,17 @@ def test_the_good_file_beside_the_hostile_ones_loads(tmp_path):
 
 
 def test_keys_that_name_code_stay_data(tmp_path):
-    code = {
-        "auto_map": {"AutoModel": "evil.Evil"},
-        "_class_name": "os.system",
-        "__reduce__": "x",
-        "use_flow_sigmas": "x",
-    }
+    code = {"auto_map": {"AutoModel": "evil.Evil"}, "_class_name": "EvilScheduler", "use_flow_sigmas": "x"}
     (tmp_path / "evil.py").write_text("raise SystemExit('executed')")
     (tmp_path / "scheduler_config.json").write_text(json.dumps(good_config(**code)))
     scheduler = DSSolverScheduler.from_pretrained(tmp_path)
     assert type(scheduler) is DSSolverScheduler
     assert scheduler._solvers.keys() == {3}
     assert "evil" not in sys.modules
+    for key, value in (("_class_name", "os.system"), ("__reduce__", "x"), ("__class__", "x"), ("items", "x")):
+        (tmp_path / "scheduler_config.json").write_text(json.dumps(good_config(**{key: value})))
+        with pytest.raises(ValueError, match=key):
+            DSSolverScheduler.from_pretrained(tmp_path)
 
 
 def test_a_missing_folder_is_an_os_error_and_a_value_error(tmp_path):

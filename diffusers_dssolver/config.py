@@ -1,0 +1,193 @@
+"""What a `scheduler_config.json` may say, and when a solver's noise schedule is a model's.
+
+Configurations are untrusted data: every check here ends in a ValueError that names the key, its value and what is
+accepted. "Full" configurations hold every key of `DSSolverScheduler.__init__`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .derive import MAX_FACTOR, MIN_FACTOR, Shift
+from .paths import MAX_TRAIN_TIMESTEPS, PREDICTION_TYPES, ContinuousVPPath, FlowPath, Path, VPPath, make_betas
+from .solver import MAX_NFE, SolverSpec
+
+CLASSICAL = "classical"
+SHIFT_KEYS = ("shift", "use_dynamic_shifting", "time_shift_type", "shift_terminal")
+BETA_KEYS = ("beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr", "snr_shift_scale")
+SCHEDULE_KEYS = ("num_train_timesteps", "prediction_type", "invert_sigmas", *BETA_KEYS, *SHIFT_KEYS)
+ARTEFACT_KEYS = ("solvers", "provenance", "continuous_time", "searched_shift", "interpolate_corrections")
+BOOLEAN_KEYS = (
+    "rescale_betas_zero_snr", "continuous_time", "use_dynamic_shifting", "invert_sigmas", "strict", "thresholding",
+    "interpolate_corrections",
+)  # fmt: skip
+LARGE = 1e9
+FACTORS = (MIN_FACTOR, MAX_FACTOR)
+BELOW_ONE = (0.0, 1 - 1e-6)
+
+
+class Brief(dict):
+    """A dict that prints short: diffusers warns with every key that a class does not know, tables and all."""
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} entries: {', '.join(map(str, self))}>"
+
+
+def check_keys(config: Mapping[str, Any]) -> None:
+    """What diffusers' own handling of a configuration takes for granted."""
+    for key in config:
+        if not isinstance(key, str) or hasattr(dict, key):  # a key becomes an attribute of diffusers' dict of them
+            raise ValueError(f"the key {str(key)[:60]!r} cannot stand in a scheduler's configuration; remove it")
+    defaults = config.get("_use_default_values", [])
+    if not isinstance(defaults, list) or not all(isinstance(key, str) for key in defaults):
+        raise ValueError(f"_use_default_values is {_short(defaults)}; it must be a list of keys")
+    name = config.get("_class_name", "")
+    if name and not (isinstance(name, str) and name.isidentifier() and name.endswith("Scheduler")):
+        raise ValueError(f"_class_name is {_short(name)}; it must be the name of a scheduler class")
+
+
+def check_options(config: Mapping[str, Any]) -> None:
+    """All that a full configuration says beside its noise schedule and its solvers."""
+    for key in BOOLEAN_KEYS:
+        if not isinstance(config[key], bool):
+            raise ValueError(f"{key} is {_short(config[key])}; it must be true or false")
+    if config["history_length"] is not None:
+        _check_whole("history_length", config["history_length"], LARGE)
+    for key in ("base_image_seq_len", "max_image_seq_len", "max_shift", "base_shift"):
+        _check_number(key, config[key], (0, LARGE), optional=True)
+    _check_number("dynamic_thresholding_ratio", config["dynamic_thresholding_ratio"], (0, 1))
+    _check_number("sample_max_value", config["sample_max_value"], (1, LARGE))
+    if config["thresholding"] and config["prediction_type"] == "flow_prediction":
+        raise ValueError("thresholding is for vp models; on a flow model leave it false")
+
+
+def make_path(config: Mapping[str, Any]) -> Path:
+    """The path that a full configuration describes."""
+    count, prediction = config["num_train_timesteps"], config["prediction_type"]
+    _check_whole("num_train_timesteps", count, MAX_TRAIN_TIMESTEPS)
+    if prediction not in PREDICTION_TYPES:
+        raise ValueError(f"prediction_type is {_short(prediction)}; known: {', '.join(PREDICTION_TYPES)}")
+    if prediction == "flow_prediction":
+        _check_number("shift", config["shift"], FACTORS)
+        _check_number("shift_terminal", config["shift_terminal"], BELOW_ONE, optional=True)
+        if config["time_shift_type"] not in ("exponential", "linear"):
+            raise ValueError(f"time_shift_type is {_short(config['time_shift_type'])}; known: exponential, linear")
+        return FlowPath(count, config["invert_sigmas"])
+    trained, scale = config["trained_betas"], config["snr_shift_scale"]
+    if trained is not None and (not isinstance(trained, (list, tuple)) or not 1 <= len(trained) <= MAX_TRAIN_TIMESTEPS):
+        raise ValueError(f"trained_betas must be a list of 1 to {MAX_TRAIN_TIMESTEPS} numbers")
+    _check_number("snr_shift_scale", scale, FACTORS)
+    rescale = config["rescale_betas_zero_snr"]
+    betas = make_betas(
+        count, config["beta_start"], config["beta_end"], config["beta_schedule"], trained, rescale, scale
+    )
+    if not config["continuous_time"]:
+        return VPPath(betas)
+    if scale != 1 or rescale:
+        raise ValueError("continuous_time goes with plain betas: neither snr_shift_scale nor rescale_betas_zero_snr")
+    return ContinuousVPPath(betas)
+
+
+def read_shift(value: Any) -> Shift | None:
+    """`searched_shift` of a configuration."""
+    if value is None:
+        return None
+    if not isinstance(value, Mapping) or set(value) != {"factor", "terminal"}:
+        raise ValueError(f"searched_shift is {_short(value)}; it must have the keys factor and terminal, or be null")
+    _check_number("searched_shift: factor", value["factor"], FACTORS)
+    _check_number("searched_shift: terminal", value["terminal"], BELOW_ONE, optional=True)
+    return Shift(float(value["factor"]), value["terminal"])
+
+
+def read_solvers(solvers: Any, path: Path) -> dict[int, SolverSpec]:
+    """Checked specs by NFE."""
+    if isinstance(solvers, str) and solvers == CLASSICAL:
+        return {}
+    if not isinstance(solvers, Mapping) or not solvers:
+        raise ValueError(f'solvers must be a dict from step counts to solvers, or "classical", not {_short(solvers)}')
+    rises = isinstance(path, FlowPath) and path.inverted
+    specs = {}
+    for key, value in solvers.items():
+        text = str(key)
+        if not (text.isascii() and text.isdigit() and len(text) <= 4 and text == str(int(text))) or not (
+            1 <= int(text) <= MAX_NFE
+        ):
+            raise ValueError(f"solvers[{text[:60]!r}]: the key must be a step count from 1 to {MAX_NFE}")
+        try:
+            spec = value if isinstance(value, SolverSpec) else SolverSpec.from_dict(value)
+        except ValueError as error:
+            raise ValueError(f"solvers[{text!r}]: {error}") from None
+        if spec.nfe != int(text):
+            raise ValueError(f"solvers[{text!r}] has {spec.nfe} steps; key and solver must agree")
+        if spec.timesteps is not None and spec.nfe > 1 and spec.rising != rises:
+            raise ValueError(f"solvers[{text!r}]: timesteps must {'rise' if rises else 'fall'} for this model")
+        specs[spec.nfe] = spec
+    return specs
+
+
+def is_flow(config: Mapping[str, Any]) -> bool:
+    """Whether any scheduler's configuration is a flow model's: it says so, or has a shift and no betas (FlowMatch)."""
+    if "solvers" in config:  # ours, perhaps carried along by another class: it says what it is
+        return config.get("prediction_type", "epsilon") == "flow_prediction"
+    if config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas"):
+        return True
+    return "shift" in config and "beta_start" not in config
+
+
+def mismatch(model: Mapping[str, Any], solver: Mapping[str, Any]) -> str | None:
+    """Why the solvers of one full configuration cannot be used on the model of another; None if they can. Another
+    resolution shift is no reason, as long as it is known at which one they were searched (`searched_at`)."""
+    flow = [config["prediction_type"] == "flow_prediction" for config in (solver, model)]
+    if flow[0] != flow[1]:
+        kinds = ["flow" if f else "vp" for f in flow]
+        return f"is for {kinds[0]} models, this model is {kinds[1]}: it would be meaningless"
+    ours, theirs = _facts(solver), _facts(model)
+    free = set(SHIFT_KEYS) if searched_at(solver) else set()
+    if not any("timesteps" in table for table in solver["solvers"].values()):
+        free.add("invert_sigmas")  # nodes are noise levels, whichever way the network counts its time
+    for key in (key for key in theirs if key not in free):
+        if ours[key] != theirs[key]:
+            return f"was searched with {key} = {ours[key]!r}, this model has {theirs[key]!r}"
+    return None
+
+
+def searched_at(solver: Mapping[str, Any]) -> dict[str, float | None] | None:
+    """The resolution shift contained in a full configuration's nodes: recorded, or its own where that is constant."""
+    if solver["searched_shift"] is not None:
+        return solver["searched_shift"]
+    if solver["prediction_type"] != "flow_prediction" or solver["use_dynamic_shifting"]:
+        return None
+    return {"factor": solver["shift"], "terminal": solver["shift_terminal"]}
+
+
+def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a solver's validity hangs on."""
+    if config["prediction_type"] == "flow_prediction":
+        return {key: config[key] for key in ("num_train_timesteps", "invert_sigmas", *SHIFT_KEYS)}
+    facts = {key: config[key] for key in ("num_train_timesteps", *BETA_KEYS)}
+    if facts["trained_betas"] is not None:
+        facts |= {"beta_schedule": "trained_betas", "beta_start": None, "beta_end": None}
+    return facts
+
+
+def _check_number(name: str, value: Any, between: tuple[float, float], optional: bool = False) -> None:
+    if value is None and optional:
+        return
+    low, high = between
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        null = ", or null" if optional else ""
+        raise ValueError(f"{name} is {_short(value)}; it must be a number from {low:g} to {high:g}{null}")
+
+
+def _check_whole(name: str, value: Any, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
+        raise ValueError(f"{name} is {_short(value)}; it must be a whole number from 1 to {high:g}")
+
+
+def _short(value: Any) -> str:
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, or nesting without end
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 60 else text[:57] + "..."
