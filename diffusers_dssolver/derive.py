@@ -92,10 +92,18 @@ def uniform_nodes(nfe: int, path: Path) -> tuple[float, ...]:
     return tuple(path.first_node * (nfe - i) / nfe for i in range(nfe + 1))
 
 
-def classical(nodes: Sequence[float], path: Path, order: int = 2) -> SolverSpec:
-    """Adams-Bashforth (flow) or DPM-Solver++ (vp) of this order on these nodes; order 1 is Euler or DDIM."""
+def classical(nodes: Sequence[float], path: Path, order: int = 2, stretched: bool = False) -> SolverSpec:
+    """Adams-Bashforth (flow) or DPM-Solver++ (vp) of this order on these nodes; order 1 is Euler or DDIM.
+
+    With many steps a grid that is `stretched` to a terminal shift has a last step far longer than the one before; an
+    extrapolation over it would grow with N, so beyond twice its length it is an Euler step.
+    """
     if isinstance(path, FlowPath):
-        return SolverSpec.adams_bashforth(nodes, order)
+        spec = SolverSpec.adams_bashforth(nodes, order)
+        n = spec.nfe
+        if stretched and n > 1 and nodes[-2] > 2 * (nodes[-3] - nodes[-2]):
+            return SolverSpec(spec.nodes, (*spec.coefficients[:-1], (0.0,) * (n - 1) + (1.0,)))
+        return spec
     lambdas = path.lambdas(torch.tensor(nodes, dtype=torch.float64)).tolist()
     return SolverSpec.dpm_solver_pp(nodes, lambdas, order)
 

@@ -92,7 +92,10 @@ class DSSolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
     Paper: Alg. 1, Eq. (16) and (19), arXiv 2505.21114.
     """
 
-    _compatibles = [e.name for e in KarrasDiffusionSchedulers] + ["FlowMatchEulerDiscreteScheduler"]
+    _compatibles = [
+        *(e.name for e in KarrasDiffusionSchedulers if e.name != "EDMEulerScheduler"),
+        "FlowMatchEulerDiscreteScheduler",
+    ]
     order = 1
     init_noise_sigma = 1.0
     last_sample = None  # a name of UniPC's that ChronoEdit reads: no step looks at an earlier sample
@@ -136,6 +139,10 @@ class DSSolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
         if isinstance(trained_betas, np.ndarray):
             self.register_to_config(trained_betas=trained_betas.tolist())
         self.register_to_config(use_flow_sigmas=prediction_type == "flow_prediction")
+        if "_use_default_values" in self.config:
+            # diffusers does not tell other classes of these; of the noise schedule they shall hear
+            unsaid = sorted(set(self.config["_use_default_values"]) - {"use_flow_sigmas", *SCHEDULE_KEYS})
+            self.register_to_config(_use_default_values=unsaid)
         check_options(self.config)
         self._path = make_path(self.config)
         self._solvers = read_solvers(solvers, self._path)
@@ -188,20 +195,20 @@ class DSSolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
                     f"{key} is {config[key]!r}: this model is sampled in EDM noise levels, which are neither flow nor "
                     f"vp and which {cls.__name__} does not know; keep its own scheduler"
                 )
-        if is_flow(config):
-            kwargs.setdefault("prediction_type", "flow_prediction")
-            if "shift" not in config and config.get("flow_shift") is not None:  # UniPC and DPMSolver call it so
-                kwargs.setdefault("shift", config["flow_shift"])
         # diffusers drops what is another class's default on conversion; of a noise schedule it is a fact of the model
-        kwargs = {key: config[key] for key in SCHEDULE_KEYS if key in config} | kwargs
+        facts = {key: config[key] for key in SCHEDULE_KEYS if key in config}
+        if is_flow(config):
+            facts["prediction_type"] = "flow_prediction"
+            if "shift" not in config and config.get("flow_shift") is not None:  # UniPC and DPMSolver call it so
+                facts["shift"] = config["flow_shift"]
         defaults = config.get("_use_default_values", [])
-        given = {**{k: v for k, v in config.items() if k not in defaults}, **kwargs}
+        given = {**{k: v for k, v in config.items() if k not in defaults}, **facts, **kwargs}
         source = given.get("solvers")
         if source is None:
             kwargs |= _matching_published(given)
         elif isinstance(source, str) and source != CLASSICAL and "solvers" in kwargs:  # a file cannot send us elsewhere
             kwargs |= _matching(given, source, cls._load_artefact(source))
-        return super().from_config(dict(config), return_unused_kwargs=return_unused_kwargs, **kwargs)
+        return super().from_config(dict(config), return_unused_kwargs=return_unused_kwargs, **{**facts, **kwargs})
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
@@ -281,6 +288,7 @@ class DSSolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
         generator: torch.Generator | None = None,
         return_dict: bool = True,
         per_token_timesteps: Tensor | None = None,
+        **stochastic: Any,
     ) -> DSSolverSchedulerOutput | tuple[Tensor, Tensor]:
         """One step of the solver. Without host synchronisation when `timestep` is an element of `self.timesteps`.
 
@@ -293,6 +301,7 @@ class DSSolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
             per_token_timesteps: given by pipelines that hold some tokens back (LTX-condition) and keep the result of
                 those at `timestep` only, which is what is computed. As in FlowMatchEulerDiscrete it changes the
                 sign of model_output (data minus noise) and the result is not cast.
+            stochastic: what DDIMPipeline passes unasked: `eta`, which must be 0, and `use_clipped_model_output`.
 
         Returns:
             prev_sample in the dtype of model_output; the arithmetic is at least float32.
@@ -300,6 +309,11 @@ class DSSolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
         Raises:
             ValueError: if the shapes differ, or all steps were taken.
         """
+        for key, value in stochastic.items():
+            if key not in ("eta", "use_clipped_model_output"):
+                raise TypeError(f"{type(self).__name__}.step() has no argument {key!r}")
+            if key == "eta" and value:
+                raise ValueError(f"eta is {value}; this solver is deterministic, leave eta at 0")
         if self.config.variance_type in LEARNED_VARIANCE and model_output.shape[1] == 2 * sample.shape[1]:
             model_output = model_output[:, : sample.shape[1]]
         if model_output.shape != sample.shape:
@@ -358,8 +372,9 @@ class DSSolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
 
     @property
     def betas(self) -> Tensor:
-        """(T,) float32, of vp models only."""
-        return torch.tensor(self._vp_path("betas").betas, dtype=torch.float32)
+        """(T,) float32, of vp models only, or `trained_betas`."""
+        given = self.config.trained_betas
+        return torch.tensor(given or self._vp_path("betas").betas, dtype=torch.float32)
 
     @property
     def alphas_cumprod(self) -> Tensor:
@@ -426,6 +441,11 @@ class DSSolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
     def _spec_for_sigmas(self, sigmas: list[float]) -> SolverSpec:
         if is_default(sigmas, self.config.num_train_timesteps):
             return self._spec_for_count(len(sigmas))
+        if sigmas[0] < sigmas[-1]:
+            raise ValueError(
+                f"sigmas rise from {sigmas[0]} to {sigmas[-1]}: a ramp of EDM noise levels (Cosmos 2), which are "
+                f"neither flow nor vp and which {type(self).__name__} does not know; keep the pipeline's own scheduler"
+            )
         self._announce_own_grid(len(sigmas))
         return self._classical(self._ended("sigmas", sigmas))
 
@@ -456,7 +476,7 @@ class DSSolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
     def _classical(self, nodes: Sequence[float]) -> SolverSpec:
         if isinstance(self._path, FlowPath):
             nodes = self._shift()(nodes)
-        return classical(nodes, self._path)
+        return classical(nodes, self._path, stretched=bool(self.config.shift_terminal))
 
     def _shift(self) -> Shift:
         config = self.config

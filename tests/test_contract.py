@@ -120,6 +120,11 @@ def test_the_default_of_cogview4_feeds_unshifted_times():
     assert (ours.timesteps / 1000 - fed).abs().max() > 0.05
 
 
+def test_a_rising_ramp_is_refused_with_its_reason():
+    with pytest.raises(ValueError, match=r"sigmas rise from 0\.0 to 1\.0: a ramp of EDM"):
+        make_flow().set_timesteps(sigmas=torch.linspace(0, 1, 5, dtype=torch.float64))
+
+
 def test_a_last_entry_that_is_clean_data_is_named():
     for name, grid in (("sigmas", [1.0, 0.5, 0.0]), ("timesteps", [1000, 500, 0])):
         with pytest.raises(ValueError, match=f"{name} ends at clean data.*leave"):
@@ -304,6 +309,15 @@ def test_random_tables_give_valid_solvers_between_them(nfe):
             assert spec.nodes == pytest.approx(tables[nfe].nodes)
 
 
+def test_interpolated_times_that_would_cross_are_left_out():
+    nodes = [1.0, 0.95, 0.5, 0.45, 0.0]
+    wide = SolverSpec(nodes, classical(nodes, FLOW).coefficients, [1000.0, 950.0, 940.0, 450.0])  # 9 narrow steps off
+    even = classical([(9 - i) / 9 for i in range(10)], FLOW)
+    spec = from_neighbours({4: wide, 9: even}, 6, FLOW, True)
+    assert spec.timesteps is None
+    assert spec.nfe == 6
+
+
 def test_the_configuration_decides_over_interpolated_corrections():
     results = []
     for interpolate in (False, True):
@@ -411,8 +425,9 @@ def test_dynamic_thresholding_is_diffusers(ratio, limit):
     options = {"thresholding": True, "dynamic_thresholding_ratio": ratio, "sample_max_value": limit}
     theirs = DPMSolverMultistepScheduler(timestep_spacing="trailing", final_sigmas_type="zero", **options)
     ours = DSSolverScheduler.from_config(theirs.config, solvers="classical")
-    x = 3 * noise(2, 3, 4, 4)
-    assert_close(run(ours, x, 8), run(theirs, x, 8), 1e-5)
+    for scale in (0.3, 3.0):  # below and above 1, where s is clamped
+        x = scale * noise(2, 3, 4, 4)
+        assert_close(run(ours, x, 8), run(theirs, x, 8), 1e-5)
     assert (run(ours, x, 8) - run(DSSolverScheduler(), x, 8)).abs().max() > 1e-2
     with pytest.raises(ValueError, match="thresholding is for vp models"):
         make_flow(thresholding=True)

@@ -71,6 +71,18 @@ def test_uniform_nodes(kind, nfe):
 # --- other step counts ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("nfe", [1, 2, 5, 30, 100, 1000])
+def test_errors_of_the_network_do_not_grow_over_a_stretched_last_step(nfe):
+    """The weights of a row, absolute, are how much it multiplies errors of the outputs: at most 2 for steps of one
+    length in Adams-Bashforth 2, and over 100 in the last row of 1000 steps that end at .1."""
+    nodes = Shift(1.0, 0.1)(uniform_nodes(nfe, PATHS["flow"]))
+    spec = classical(nodes, PATHS["flow"], stretched=True)
+    assert max(sum(map(abs, row)) for row in spec.coefficients) <= 3 + 1e-9
+    plain = SolverSpec.adams_bashforth(nodes, 2)
+    assert spec.coefficients[:-1] == plain.coefficients[:-1]
+    assert (spec.coefficients[-1] == plain.coefficients[-1]) == (nfe < 30)
+
+
 def test_classical_rows_are_those_of_the_path():
     nodes = (0.95, 0.7, 0.3, 0.1, 0.0)
     for order in (1, 2, 3):

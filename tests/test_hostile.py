@@ -54,7 +54,8 @@ VP = {
     "variance_type": "learned_range",
     "solvers": SMALL,
 }
-FILES = [EVERYTHING, VP, {**VP, "trained_betas": [0.01 * (i + 1) for i in range(20)]}]
+STATIC = {**EVERYTHING, "use_dynamic_shifting": False}
+FILES = [EVERYTHING, STATIC, VP, {**VP, "trained_betas": [0.01 * (i + 1) for i in range(20)]}]
 FILES += [published_config(name) for name in published_solvers()]
 
 NUMBERS = st.one_of(
@@ -77,7 +78,7 @@ VALUES = st.one_of(
         max_leaves=8,
     ),
     st.sampled_from([[], {}, [[]], [0.0] * 2000, list(range(1500)), {str(i): 0 for i in range(2000)}]),
-)
+).map(copy.deepcopy)  # a second fault may change what the first put in
 
 
 def places(tree: Any, path: tuple = ()) -> list[tuple]:
@@ -182,15 +183,16 @@ def test_damaged_text_is_refused_or_works(config, data):
 
 
 @settings(deadline=10_000, max_examples=100, suppress_health_check=list(HealthCheck))
-@given(st.sampled_from(sorted(EVERYTHING | VP)), VALUES)
+@given(st.sampled_from(sorted(STATIC | VP)), VALUES)
 @example("_class_name", ["a", 1])
+@example("shift", -1.0)
 @example("_class_name", "configuration_utils")
 @example("_use_default_values", 5)
 @example("solvers", "dit-xl-2-256")  # a file cannot have another one loaded
 def test_a_refusal_names_the_key(key, value):
     told = key
     try:
-        load(json.dumps({**(EVERYTHING if key in EVERYTHING else VP), key: value}))
+        load(json.dumps({**(STATIC if key in STATIC else VP), key: value}))
     except ValueError as error:
         told = str(error)
     assert key in told or key == "prediction_type"  # which decides what other keys may say
@@ -220,6 +222,12 @@ HUGE = {
 def test_huge_and_deep_files_are_refused_in_bounded_memory(name):
     assert len(HUGE[name]) < 6 * MEGABYTE
     assert check(HUGE[name]) is None
+
+
+@pytest.mark.parametrize("shift", [0, -1.0, math.inf, 1e300, "3", None, True])
+def test_a_senseless_shift_is_refused(shift):
+    with pytest.raises(ValueError, match="shift is"):
+        load(json.dumps({**STATIC, "shift": shift}))
 
 
 def test_a_key_twice_is_its_last_value():

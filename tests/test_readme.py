@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from diffusers import DiTPipeline
-from tiny_pipelines import make_dit
+from pipeline_zoo import make_dit
 
 from diffusers_dssolver import published_solvers
 from diffusers_dssolver.published import published_config

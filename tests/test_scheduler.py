@@ -104,7 +104,8 @@ def test_signatures_list_what_pipelines_look_up():
     names = list(inspect.signature(DSSolverScheduler.set_timesteps).parameters)
     assert names == ["self", "num_inference_steps", "device", "timesteps", "sigmas", "mu"]
     names = list(inspect.signature(DSSolverScheduler.step).parameters)
-    assert names == ["self", "model_output", "timestep", "sample", "generator", "return_dict", "per_token_timesteps"]
+    named = ["self", "model_output", "timestep", "sample", "generator", "return_dict", "per_token_timesteps"]
+    assert names == [*named, "stochastic"]  # and no "eta", which pipelines would look up and offer to their users
     assert list(inspect.signature(DSSolverScheduler.add_noise).parameters)[1:] == [
         "original_samples",
         "noise",
