@@ -33,6 +33,9 @@ from test_scheduler import (
     run,
     states_of,
 )
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_dssolver import DSSolverScheduler, SolverSpec
 from diffusers_dssolver.derive import Shift, classical, corrections, from_neighbours, reshifted
@@ -520,6 +523,45 @@ def test_a_compiled_start_in_the_middle_must_be_announced():
     scheduler.set_timesteps(4)
     assert_close(got, scheduler.step(x, scheduler.timesteps[2], x, return_dict=False)[0], 1e-6)
     torch._dynamo.reset()
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes in tensors made within: those alive now, and the most at any time."""
+
+    def __init__(self):
+        super().__init__()
+        self.made, self.peak = {}, 0
+
+    def now(self):
+        self.made = {storage: size for storage, size in self.made.items() if not storage.expired()}
+        return sum(self.made.values())
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.made[StorageWeakRef(tensor.untyped_storage())] = tensor.untyped_storage().nbytes()
+        self.peak = max(self.peak, self.now())
+        return result
+
+
+@pytest.mark.parametrize("prediction_type", ["flow_prediction", "epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("length", [None, 2])
+def test_a_run_takes_its_history_and_two_states(prediction_type, length):
+    """Both results of a step, for the caller holds the sample and the network's output."""
+    scheduler, nfe = make_any(prediction_type, solvers=make_solvers(6), history_length=length), 6
+    x = noise(dtype=torch.float32)
+    scheduler.set_timesteps(nfe)
+    with Allocations() as used:
+        for t in scheduler.timesteps:
+            x = scheduler.step(x.clone(), t, x, return_dict=False)[0]
+    kept, given, made = length or nfe, 2, 2
+    assert used.peak // x.nbytes == kept + given + made
+    del x
+    assert used.now() // noise(dtype=torch.float32).nbytes == kept
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------

@@ -44,22 +44,59 @@ for load in (
 """
 
 
-def test_push_tag_load_and_what_is_not_there(tmp_path):
-    """In a fresh process, because the Hub's environment variables are read at import."""
-    with LocalHub() as hub:
-        folder = str(Path(diffusers_dssolver.__file__).parent.parent)
-        result = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", PUSH_AND_LOAD + LOAD_WHAT_IS_NOT_THERE],
-            env={**os.environ, **hub.env(tmp_path), "HF_HUB_OFFLINE": "0", "PYTHONPATH": folder},
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+SAVE_A_PIPELINE = """
+from huggingface_hub import HfApi
+from pipeline_zoo import make_dit
+from diffusers_dssolver import DSSolverScheduler
+
+pipe = make_dit()
+pipe.scheduler = DSSolverScheduler.from_config(pipe.scheduler.config)
+pipe.scheduler.push_to_hub("user/solver")
+pipe.save_pretrained("pipeline")
+HfApi().create_repo("user/pipeline")
+HfApi().upload_folder(folder_path="pipeline", repo_id="user/pipeline")
+"""
+
+LOAD_IT_ELSEWHERE = """
+from diffusers import DiffusionPipeline
+from diffusers_dssolver import DSSolverScheduler
+from huggingface_hub import snapshot_download
+
+pipe = DiffusionPipeline.from_pretrained(snapshot_download("user/pipeline"))
+print(type(pipe.scheduler).__name__, pipe.scheduler.tables)
+pipe.scheduler = DSSolverScheduler.from_pretrained("user/solver")
+print(type(pipe.scheduler).__name__, pipe.scheduler.tables)
+"""
+
+
+def fresh(code: str, hub: LocalHub, folder: Path) -> str:
+    """What this code prints in a fresh process, because the Hub's environment variables are read at import."""
+    paths = [Path(diffusers_dssolver.__file__).parent.parent, Path(__file__).parent]
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env={**os.environ, **hub.env(folder), "HF_HUB_OFFLINE": "0", "PYTHONPATH": os.pathsep.join(map(str, paths))},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert result.returncode == 0, result.stderr
-    pushed, *absent = result.stdout.strip().splitlines()
+    return result.stdout
+
+
+def test_push_tag_load_and_what_is_not_there(tmp_path):
+    with LocalHub() as hub:
+        pushed, *absent = fresh(PUSH_AND_LOAD + LOAD_WHAT_IS_NOT_THERE, hub, tmp_path).strip().splitlines()
     assert pushed == "all equal"
-    assert len(absent) == 2, result.stdout  # one line for each way of asking
+    assert len(absent) == 2  # one line for each way of asking
     for line in absent:
         assert line.startswith("no solver could be read from 'user/absent'")
         assert "not a" in line
+
+
+def test_a_saved_pipeline_comes_back_from_the_hub(tmp_path):
+    """In the two ways that the README names; by its Hub id diffusers refuses any scheduler from another package."""
+    with LocalHub() as hub:
+        fresh(SAVE_A_PIPELINE, hub, tmp_path)
+        printed = fresh(LOAD_IT_ELSEWHERE, hub, tmp_path)
+    assert printed.splitlines() == ["DSSolverScheduler (5, 6, 7, 8, 9, 10)"] * 2
