@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # accelerate gives a process one CPU thread unless told otherwise
 THREADS ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow test-pipelines lint bench clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +32,10 @@ test: $(VENV)/.installed
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest --run-slow
+
+# every check on every pipeline, and the table of the README
+test-pipelines: $(VENV)/.installed
+	$(BIN)/python -m tests.conformance
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
     UniPCMultistepScheduler,
 )
 from diffusers.pipelines.bria.pipeline_bria import get_original_sigmas
@@ -448,6 +449,7 @@ def test_a_flow_model_has_no_betas():
     """Stable Cascade asks with hasattr."""
     for name in ("betas", "alphas_cumprod"):
         assert not hasattr(make_flow(), name)
+    assert_close(make_flow(trained_betas=[0.25, 0.5]).betas, torch.tensor([0.25, 0.5]), 0)  # unless it was given some
 
 
 def test_trained_betas_may_be_fewer_than_the_training_steps():
@@ -478,6 +480,31 @@ def test_a_visit_to_another_class_does_not_print_the_table(other, serialised, ca
 def test_the_refusal_names_the_shipped_solver_that_fits():
     with pytest.raises(ValueError, match=r"use 'flowdcn-b-2-256' or 'sit-xl-2-256', which fits, search one"):
         DSSolverScheduler.from_config(FlowMatchEulerDiscreteScheduler().config, solvers="dit-xl-2-256")
+
+
+def test_other_classes_are_told_the_noise_schedule():
+    """LCM's own default is another; diffusers would not pass on what is at our default."""
+    told = LCMScheduler.from_config(DSSolverScheduler().config).config
+    assert (told.beta_start, told.beta_schedule) == (0.0001, "linear")
+
+
+def test_edm_is_not_offered_as_compatible():
+    offered = {cls.__name__ for cls in DSSolverScheduler().compatibles}
+    assert {"UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler"} <= offered
+    assert "EDMEulerScheduler" not in offered
+
+
+def test_of_what_ddim_pipelines_pass_noise_is_refused():
+    scheduler, x = make_any("epsilon"), noise()
+    scheduler.set_timesteps(3)
+    t = scheduler.timesteps[0]
+    wanted = scheduler.step(x, t, x, return_dict=False)[0]
+    got = scheduler.step(x, t, x, eta=0.0, use_clipped_model_output=True, return_dict=False)[0]
+    assert torch.equal(got, wanted)
+    with pytest.raises(ValueError, match=r"eta is 0\.5; this solver is deterministic"):
+        scheduler.step(x, t, x, eta=0.5)
+    with pytest.raises(TypeError, match="no argument 'variance_noise'"):
+        scheduler.step(x, t, x, variance_noise=x)
 
 
 # --- compilation -----------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -9,9 +10,10 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import conformance
 import pytest
 from diffusers import DiTPipeline
-from pipeline_zoo import make_dit
+from pipeline_zoo import ZOO, make_dit
 
 from diffusers_dssolver import published_solvers
 from diffusers_dssolver.published import published_config
@@ -84,6 +86,14 @@ def test_table_of_solvers_is_the_truth():
         counts = ", ".join(str(n) for n in sorted(map(int, config["solvers"])))
         rows.append(f"| `{name}` | {config['provenance']['model']} | {counts} |")
     assert README.split("<!-- solvers -->\n")[1].split("\n\n")[0].splitlines()[2:] == rows
+
+
+def test_table_of_pipelines_is_the_last_run():
+    results = json.loads((ROOT / "tests" / "conformance.json").read_text(encoding="utf-8"))
+    assert README.split("<!-- conformance -->\n")[1].split("\n\n")[0] == conformance.render(results)
+    assert list(results["pipelines"]) == list(ZOO)
+    assert f"<summary>{len(ZOO)} pipelines" in README
+    assert f"Tested with diffusers {results['diffusers']}." in README
 
 
 def test_links_of_the_readme_lead_somewhere():
