@@ -87,6 +87,7 @@ class Search:
         self._measure_derived(form)
         if self.accelerator.is_main_process:
             print(self.table())
+        self.accelerator.end_training()  # without it, a process aborts now and then in the middle of its exit
 
     def _closed_form(self, form: ClosedForm, nfe: int) -> dict[str, Any]:
         quiet = not self.accelerator.is_main_process
