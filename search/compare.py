@@ -27,7 +27,7 @@ from diffusers_dssolver.config import is_flow
 
 from .config import CompareConfig
 from .plots import comparison_picture, error_curves
-from .sampling import Sampler, load_pipeline, read_prompts
+from .sampling import Sampler, load_pipeline, prompts_of
 
 Options = dict[str, Any]
 KARRAS: Options = {"use_karras_sigmas": True}
@@ -99,7 +99,7 @@ class Comparison:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         pipe = load_pipeline(config.pretrained_model_name_or_path, config.dtype, device, config.revision)
         self.config, self.model_config = config, pipe.scheduler.config
-        self.sampler = Sampler(pipe, config.call_arguments, read_prompts(config.prompts_file), config.seed)
+        self.sampler = Sampler(pipe, config.call_arguments, prompts_of(config), config.seed)
         # every artefact is loaded, and its noise schedule checked, before anything is run
         self.ours = {_name(s): DSSolverScheduler.from_config(self.model_config, solvers=s) for s in config.solver}
         known = FLOW if is_flow(self.model_config) else VP

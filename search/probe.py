@@ -1,15 +1,25 @@
 """The scheduler of the search: run inside a pipeline's ordinary call it *is* the differentiable sampler of that
 pipeline. It records every state, takes nodes and coefficients that may be live tensors, can solve for each row where
 the history and the reference's next state meet, and leaves the call after the last step, before anything is decoded.
+
+Gradients: `set_timesteps` switches them on (the pipeline's own no_grad puts the mode back when its call ends) and
+`step` clones what pipelines may write into. While such a run lasts, the forward of every network that takes a time is
+wrapped: it is recomputed in the backward pass instead of stored, and a time that the pipeline rebuilt from numbers
+gets the gradient of the node that it came from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
 
 from diffusers_dssolver import DSSolverScheduler
 from diffusers_dssolver.derive import classical, from_neighbours
@@ -20,6 +30,7 @@ from diffusers_dssolver.step import Scalar, step
 from .sampling import Sampler
 
 Rows = Sequence[Sequence[Scalar]]
+TIME_NAMES = ("timestep", "timesteps", "timestep_ratio", "t", "sigma", "sigmas")  # of a network's time argument
 # (index, offset, columns) -> corrections: fits offset (M,) by columns (i, M); see `closed_form.RowFit`
 RowSolver = Callable[[int, Tensor, Tensor], Tensor]
 
@@ -31,10 +42,17 @@ class RunFinished(Exception):
 class ProbeScheduler(DSSolverScheduler):
     """A `DSSolverScheduler` for searches. Make one with `from_config(pipe.scheduler.config, solvers="classical")`.
 
+    Attributes:
+        checkpointed: whether runs with gradients recompute the networks in the backward pass, which then holds the
+            activations of one call, and states otherwise; else it holds those of all calls.
+
     Attributes after a run:
         states: the N+1 states, first to last, each (B, ...).
         rows: the N rows that were used.
     """
+
+    checkpointed = True
+    _twin = False
 
     def prepare(
         self,
@@ -49,18 +67,21 @@ class ProbeScheduler(DSSolverScheduler):
         """What the next run shall do.
 
         Args:
-            nodes: (N+1,) float64 in [0, 1] before any resolution shift, falling to 0; with a graph: gradients flow.
+            nodes: (N+1,) float64 in [0, 1] before any resolution shift, falling to 0.
             rows: N rows of weights, floats or 0-dim tensors; None: classical rows of this order for these nodes.
             offsets: (N,), what the network is fed in place of each node, minus that node (after the shift); None: 0.
+                Gradients flow to nodes, rows and offsets, to each that requires them.
             targets: N+1 reference states to fit rows to, for `row_solver`.
             row_solver: given, every row but the first is classical + the corrections that it returns.
         """
         self._plan = (nodes, rows, order, offsets)
         self._targets, self._row_solver = targets, row_solver
+        numbers = (nodes, offsets, *(w for row in rows or () for w in row))
+        self._live = torch.is_grad_enabled() and any(isinstance(n, Tensor) and n.requires_grad for n in numbers)
 
     def prepare_spec(self, spec: SolverSpec) -> None:
         """The next run is this solver's, as it would be published."""
-        self._plan, self._targets, self._row_solver = spec, None, None
+        self._plan, self._targets, self._row_solver, self._live = spec, None, None, False
 
     def final_nodes(self, nodes: Tensor) -> Tensor:
         """Nodes after the path's first node and the model's resolution shift, as they are integrated and published."""
@@ -80,6 +101,16 @@ class ProbeScheduler(DSSolverScheduler):
         """What a user gets at a step count between two tables."""
         return from_neighbours(solvers, nfe, self._path, interpolate_corrections)
 
+    def slopes(self, raw: Tensor) -> Tensor:
+        """(N,) weights s_i of the classical second-order rows (.., -s_i, 1 + s_i) on nodes before any shift, 0 where
+        the classical row is of first order; differentiable."""
+        nodes = self.final_nodes(raw)
+        rows = classical(nodes.detach().tolist(), self._path).coefficients
+        at = nodes if isinstance(self._path, FlowPath) else self._path.lambdas(nodes[:-1])  # infinite at the last one
+        steps = at[1:] - at[:-1]
+        second = [i > 0 and row[i - 1] != 0.0 for i, row in enumerate(rows)]
+        return torch.stack([steps[i] / (2 * steps[i - 1]) if s else steps.new_zeros(()) for i, s in enumerate(second)])
+
     def angle(self, nodes: Tensor) -> Tensor:
         """The coordinate in which references are interpolated, at final nodes."""
         return self._path.angle(nodes)
@@ -98,15 +129,14 @@ class ProbeScheduler(DSSolverScheduler):
         steps = plan.nfe if isinstance(plan, SolverSpec) else len(plan[0]) - 1
         if self.num_inference_steps != steps:
             raise ValueError(f"the pipeline asks for {self.num_inference_steps} steps, the search for {steps}")
-        self._live, self.states, self.rows = False, [], []
+        self.states, self.rows = [], []
         if isinstance(plan, SolverSpec):
             self.nodes, self._fed = torch.tensor(plan.nodes, dtype=torch.float64), plan.timesteps
             self._install(plan, device)
             return
         raw, rows, order, offsets = plan
-        self._live = raw.requires_grad
         if self._live:
-            torch.set_grad_enabled(True)  # the pipeline's own no_grad puts the mode back when its call ends
+            torch.set_grad_enabled(True)
         self.nodes = nodes = self.final_nodes(raw)
         if rows is None:
             rows = classical(nodes.detach().tolist(), self._path, order).coefficients
@@ -115,19 +145,99 @@ class ProbeScheduler(DSSolverScheduler):
         self._needed = [i + 1 for i in range(len(raw) - 1)] if self._row_solver else self._needed
         self._fed = None if offsets is None else self._path.timestep(fed).tolist()
 
-    def step(
-        self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Any = None, return_dict: bool = True
-    ) -> Any:
-        """The parent's step, recorded."""
+    @functools.wraps(DSSolverScheduler.step)
+    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self._live:  # pipelines may write into their tensors, which a graph cannot bear
             model_output, sample = model_output.clone(), sample.clone()
         if not self.states:
             self.states.append(sample)
-        result = super().step(model_output, timestep, sample, generator, return_dict)
+        result = super().step(model_output, timestep, sample, *args, **kwargs)
         self.states.append(result[0])
-        if len(self.states) == len(self.timesteps) + 1:
+        if len(self.states) == len(self.timesteps) + 1 and not self._twin:
             raise RunFinished
         return result
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Any) -> Tensor:
+        """The parent's; in a run with gradients differentiable where the times are the schedule's, rebuilt or not, for
+        pipelines that put noised data into every step (inpainting)."""
+        if not self._live:
+            return super().add_noise(original_samples, noise, timesteps)
+        given = torch.as_tensor(timesteps).detach().to("cpu", torch.float64).reshape(-1)
+        known = self.timesteps.cpu()
+        times = torch.stack([known[known == t][0].double() if (known == t).any() else t for t in given])
+        factors = self._path.alpha_sigma(self._path.node(times))
+        dtype = torch.promote_types(original_samples.dtype, torch.float32)
+        alpha, sigma = (
+            f.to(original_samples.device, dtype).reshape(-1, *[1] * (original_samples.ndim - 1)) for f in factors
+        )
+        return (alpha * original_samples + sigma * noise).to(original_samples.dtype)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ProbeScheduler:
+        """For pipelines that keep a second scheduler (of sound): of the same run, with a history and states of its
+        own, and never the one that ends the run. Tensors are shared: those with a graph cannot be copied."""
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update({k: v.copy() if type(v) in (list, set) else v for k, v in vars(self).items()})
+        twin._twin = True
+        return twin
+
+    @contextmanager
+    def around(self, networks: Iterable[nn.Module]) -> Iterator[None]:
+        """In a run with gradients: these networks' forwards checkpointed, their times attached to the nodes."""
+        wrapped = list(networks) if self._live else []
+        before = [vars(module).get("forward") for module in wrapped]
+        for module in wrapped:
+            module.forward = self._live_forward(module.forward)
+        try:
+            yield
+        finally:
+            for module, forward in zip(wrapped, before, strict=True):
+                del module.forward
+                if forward is not None:
+                    module.forward = forward
+
+    def _live_forward(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        names = list(inspect.signature(forward).parameters)
+        place = next((i for i, name in enumerate(names) if name in TIME_NAMES), 1)
+        # what a pipeline may make of a time t: p + q t; of several that fit one step, another step tells which it is
+        total = self.config.num_train_timesteps
+        maps = [(0.0, 1.0), (0.0, 1 / total), (1.0, -1 / total), (float(total), -1.0)]
+
+        @functools.wraps(forward)
+        def live(*args: Any, **kwargs: Any) -> Any:
+            if place < len(args):
+                args = (*args[:place], self._attached(args[place], maps), *args[place + 1 :])
+            elif place < len(names) and names[place] in kwargs:
+                kwargs = {**kwargs, names[place]: self._attached(kwargs[names[place]], maps)}
+            # copies: what is recomputed must not see what the pipeline wrote into its tensors since
+            args, kwargs = pytree.tree_map_only(Tensor, lambda a: a.clone() if a.requires_grad else a, (args, kwargs))
+            if not self.checkpointed:
+                return forward(*args, **kwargs)
+            return checkpoint(functools.partial(forward, **kwargs), *args, use_reentrant=False)
+
+        return live
+
+    def _attached(self, value: Any, maps: list[tuple[float, float]]) -> Any:
+        """A network's time with the graph of this step's: as it is, where it has one; rebuilt as p + q t for one of
+        the maps (p, q), with that slope; anything else as it is."""
+        index = self._step_index if self._step_index is not None else self._begin_index or 0
+        t = self.timesteps[min(index, len(self.timesteps) - 1)]
+        if not t.requires_grad or not isinstance(value, (float, Tensor)):
+            return value
+        numbers = torch.as_tensor(value, device=t.device)
+        if numbers.requires_grad or not numbers.is_floating_point():
+            return value
+        near = 4 * max(torch.finfo(numbers.dtype).eps, torch.finfo(t.dtype).eps)
+
+        def made_by(p: float, q: float) -> bool:
+            made = p + q * t.detach().double()
+            return bool(((numbers.double() - made).abs() <= near * made.abs().clamp(min=abs(p))).all())
+
+        fitting = [(p, q) for p, q in maps if made_by(p, q)]
+        if not fitting:
+            return value
+        maps[:] = fitting
+        return numbers + (maps[0][1] * (t - t.detach())).to(numbers.dtype)
 
     def _row(self, index: int, x: Tensor) -> Sequence[Scalar]:
         row = super()._row(index, x)
@@ -155,10 +265,22 @@ class ProbeScheduler(DSSolverScheduler):
 
 
 def run(sampler: Sampler, probe: ProbeScheduler, indices: Sequence[int], split: str, nfe: int) -> list[Tensor]:
-    """One prepared run: the N+1 states. Raises ValueError if the pipeline does not take the steps asked for."""
-    with sampler.using(probe):
+    """One prepared run: the N+1 states.
+
+    Raises:
+        ValueError: if the pipeline does not take the steps asked for, or takes them with another scheduler.
+    """
+    name = type(sampler.pipe).__name__
+    with sampler.using(probe), probe.around(sampler.timed.values()):
         try:
             sampler(indices, split, nfe)
         except RunFinished:
             return probe.states
-    raise ValueError(f"{type(sampler.pipe).__name__} ended its loop without taking all {nfe} steps")
+        if sampler.pipe.scheduler is not probe:
+            other = type(sampler.pipe.scheduler).__name__
+            raise ValueError(f"{name} puts a {other} of its own in the scheduler's place, so no solver can reach it")
+    taken = max(len(probe.states) - 1, 0)
+    raise ValueError(
+        f"{name} ended its loop without taking all {nfe} steps, but {taken}; leave out what takes a part of them, or "
+        "give strength=1 to a pipeline that starts from a picture"
+    )

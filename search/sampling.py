@@ -1,26 +1,45 @@
 """A diffusers pipeline as the search and the comparison see it: samples in, states out, network calls counted.
 
 A sample is an index; its noise comes from a generator of its own and its condition from its index, so that neither
-the batch nor the number of processes it is run in changes it.
+the batch nor the number of processes it is run in changes it. No pipeline is known by name: conditions follow from
+the signature of its call, the denoiser from the components that take a time.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from diffusers_dssolver import pipelines
 
+from .config import ModelConfig
+
 DENOISER_NAMES = ("transformer", "unet", "prior", "dit")
+SIDE_NAMES = ("controlnet", "adapter", "motion_adapter")  # networks that take a time and help another denoise
+NOT_TIMED = ("encoder", "vae", "movq")  # parts of names of components that are not called once a step
+INPUT_NAMES = ("hidden_states", "sample", "x")  # of a denoiser's noisy input
+CLASS_COUNTS = ("num_embeds_ada_norm", "num_classes", "num_class_embeds")  # keys of a denoiser's configuration
+OWN_ARGUMENTS = ("generator", "num_inference_steps")
+PROMPT = re.compile(r"(negative_)?prompt(_\d+)?")
+MEMO_BYTES = 2**31  # of prompt embeddings held on the CPU
+FINGERPRINTED = 16  # samples whose conditions count where nobody says which samples are meant
+DATA_FILES = {
+    ".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"
+}  # fmt: skip
 
 
 def load_pipeline(name_or_path: str, dtype: str = "float32", device: Any = "cpu", revision: str | None = None) -> Any:
@@ -33,14 +52,18 @@ def load_pipeline(name_or_path: str, dtype: str = "float32", device: Any = "cpu"
         cls_name = DiffusionPipeline.load_config(name_or_path, revision=revision).get("_class_name")
         cls = getattr(pipelines, cls_name, DiffusionPipeline) if isinstance(cls_name, str) else DiffusionPipeline
         pipe = cls.from_pretrained(name_or_path, dtype=getattr(torch, dtype), revision=revision)
-    except (OSError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"no pipeline could be loaded from {name_or_path!r}: {reason}") from error
+    except (OSError, AttributeError, ValueError, ImportError) as error:
+        raise ValueError(f"no pipeline could be loaded from {name_or_path!r}: {one_line(error)}") from error
+    return freeze(pipe).to(device)
+
+
+def freeze(pipe: Any) -> Any:
+    """The pipeline itself, its networks without gradients and in evaluation mode, its progress bars off."""
     for module in pipe.components.values():
         if isinstance(module, nn.Module):
             module.requires_grad_(False).eval()
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    return pipe
 
 
 class Sampler:
@@ -51,45 +74,78 @@ class Sampler:
         call: further arguments of its call (`guidance_scale`, `height`, ...), the same for every run.
         prompts: for pipelines that take a prompt; sample i gets prompt i modulo their number.
         seed: of all noise.
+        conditions: indices -> call arguments that belong to these samples, such as embeddings made beforehand; in
+            the place of class labels and prompts.
 
     Attributes:
         network_evaluations: samples that went through the denoiser so far, a guided call counting its doubled batch.
+        network_calls: calls of the denoiser so far.
+        denoisers: the networks that are counted.
+        timed: every network that takes a time: these, and such as a ControlNet.
+
+    Raises:
+        ValueError: for arguments that the call does not take, or conditions that nothing says.
     """
 
-    def __init__(self, pipe: Any, call: Mapping[str, Any] | None = None, prompts: Sequence[str] = (), seed: int = 0):
+    def __init__(
+        self,
+        pipe: Any,
+        call: Mapping[str, Any] | None = None,
+        prompts: Sequence[str] = (),
+        seed: int = 0,
+        conditions: Callable[[Sequence[int]], Mapping[str, Any]] | None = None,
+    ):
         self.pipe, self.call, self.prompts, self.seed = pipe, dict(call or {}), list(prompts), seed
-        self.network_evaluations = 0
+        self._given = conditions
+        self.network_evaluations = self.network_calls = 0
         self.accepted = inspect.signature(pipe.__call__).parameters
-        if unknown := sorted(set(self.call) - set(self.accepted)):
-            raise ValueError(
-                f"{type(pipe).__name__} takes no argument {unknown[0]!r}; it takes: {', '.join(self.accepted)}"
-            )
-        if "prompt" in self.accepted and not self.prompts:
-            raise ValueError(f"{type(pipe).__name__} takes prompts; give a text file with one per line as prompts_file")
-        denoisers = [
-            module
-            for name, module in pipe.components.items()
-            if isinstance(module, nn.Module) and name.startswith(DENOISER_NAMES)
-        ]
-        if not denoisers:
-            raise ValueError(
-                f"{type(pipe).__name__} has no denoiser among its components ({', '.join(pipe.components)})"
-            )
-        for module in denoisers:
+        self.timed = _timed_networks(pipe)
+        self.denoisers = [m for name, m in self.timed.items() if not name.startswith(SIDE_NAMES)]
+        self._check()
+        self._encoded = PromptMemo(pipe)
+        for module in self.denoisers:
             module.register_forward_pre_hook(self._count, with_kwargs=True)
 
+    def _check(self) -> None:
+        name = type(self.pipe).__name__
+        if unknown := sorted(set(self.call) - set(self.accepted)):
+            raise ValueError(f"{name} takes no argument {unknown[0]!r}; it takes: {', '.join(self.accepted)}")
+        if not self.denoisers:
+            raise ValueError(f"{name} has no denoiser among its components ({', '.join(self.pipe.components)})")
+        chosen = set() if self._given else {"class_labels", "prompt", "batch_size"}
+        if taken := sorted(set(self.call) & {*OWN_ARGUMENTS, *chosen}):
+            raise ValueError(f"{taken[0]!r} is chosen sample by sample; leave it out of the call's arguments")
+        if self._given or "class_labels" in self.accepted:
+            return
+        if "prompt" in self.accepted and not self.prompts:
+            raise ValueError(f"{name} takes prompts; give a text file as prompts_file, or a prompts_dataset")
+        if not {"prompt", "batch_size"} & set(self.accepted):
+            raise ValueError(f"{name} takes neither class_labels nor prompt nor batch_size; give it conditions")
+
     def _count(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        first = next(a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor))
-        self.network_evaluations += first.shape[0]
+        self.network_calls += 1
+        self.network_evaluations += _batch_size(args, kwargs)
 
     def conditions(self, indices: Sequence[int]) -> dict[str, Any]:
         """The call arguments that belong to these samples."""
+        if self._given is not None:
+            return dict(self._given(indices))
         if "class_labels" in self.accepted:
-            config = self.pipe.transformer.config
-            return {"class_labels": [i % config.num_embeds_ada_norm for i in indices]}
+            return {"class_labels": [i % self._classes() for i in indices]}
         if "prompt" in self.accepted:
-            return {"prompt": [self.prompts[i % len(self.prompts)] for i in indices]}
+            one_for_all = {k: [v] * len(indices) for k, v in self.call.items() if _is_text(k, v)}
+            return {**one_for_all, "prompt": [self.prompts[i % len(self.prompts)] for i in indices]}
         return {"batch_size": len(indices)}
+
+    def _classes(self) -> int:
+        for module in self.denoisers:
+            for key in CLASS_COUNTS:
+                if count := getattr(getattr(module, "config", None), key, None):
+                    return count
+        raise ValueError(
+            f"no denoiser of {type(self.pipe).__name__} says how many classes there are ({', '.join(CLASS_COUNTS)} in "
+            "its configuration); give it conditions"
+        )
 
     def generators(self, indices: Sequence[int], split: str) -> list[torch.Generator]:
         """One generator a sample, keyed by (seed, split, index)."""
@@ -109,23 +165,98 @@ class Sampler:
     def __call__(self, indices: Sequence[int], split: str, num_inference_steps: int, **extra: Any) -> Any:
         """One call of the pipeline on these samples."""
         arguments = {**self.call, **self.conditions(indices), **extra}
-        return self.pipe(
-            num_inference_steps=num_inference_steps, generator=self.generators(indices, split), **arguments
-        )
+        with self._encoded.used(extra):
+            return self.pipe(
+                num_inference_steps=num_inference_steps, generator=self.generators(indices, split), **arguments
+            )
 
-    def fingerprint(self) -> dict[str, Any]:
-        """What a reference trajectory depends on: weights, noise schedule, call, prompts, seed; plain data."""
+    def fingerprint(self, indices: Sequence[int] = range(FINGERPRINTED)) -> dict[str, Any]:
+        """What a reference trajectory of these samples depends on: weights, noise schedule, call, conditions, seed;
+        plain data."""
         digests = []
         for name, module in self.pipe.components.items():
             if isinstance(module, nn.Module):
                 digest = hashlib.sha256(name.encode())
                 for parameter in module.parameters():
-                    digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+                    digest.update(_bytes(parameter))
                 digests.append(digest.hexdigest())
         scheduler = {k: v for k, v in self.pipe.scheduler.config.items() if not k.startswith("_")}
         prompts = hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()
-        text = json.dumps([digests, scheduler, self.call, prompts, self.seed], sort_keys=True, default=str)
+        given = _digest(self._given(indices)) if self._given else None
+        text = json.dumps([digests, scheduler, self.call, prompts, given, self.seed], sort_keys=True, default=str)
         return {"pipeline": type(self.pipe).__name__, "key": hashlib.sha256(text.encode()).hexdigest()[:16]}
+
+
+class PromptMemo:
+    """A pipeline's `encode_prompt`, each call of it made once.
+
+    What it returns is kept on the CPU under all of its arguments and given out as fresh copies, so that no run can
+    change it; a pipeline is not asked where its embeddings go, and a batch gets the very embeddings of an ordinary
+    call. Calls with tensors or pictures among their arguments go through. Text encoders run without gradients.
+
+    Args:
+        pipe: the pipeline; without an `encode_prompt`, nothing is kept.
+        limit: bytes held at most; what was not used for longest goes first.
+    """
+
+    def __init__(self, pipe: Any, limit: int = MEMO_BYTES) -> None:
+        self.pipe, self.limit, self.held = pipe, limit, 0
+        self._kept: OrderedDict[Any, tuple[Any, int]] = OrderedDict()
+
+    @contextmanager
+    def used(self, extra: Mapping[str, Any]) -> Iterator[None]:
+        """The pipeline with this in the place of its method; `extra`: what else this call is given, if anything."""
+        if not callable(getattr(self.pipe, "encode_prompt", None)):
+            yield
+            return
+        before = vars(self.pipe).get("encode_prompt")
+        encode = self.pipe.encode_prompt
+
+        @functools.wraps(encode)
+        def remembered(*args: Any, **kwargs: Any) -> Any:
+            with torch.no_grad():
+                try:
+                    key = _plain((args, kwargs, dict(extra)))
+                except TypeError:
+                    return encode(*args, **kwargs)
+                if key not in self._kept:
+                    self._keep(key, encode(*args, **kwargs))
+                return self._copy(key)
+
+        self.pipe.encode_prompt = remembered
+        try:
+            yield
+        finally:
+            del self.pipe.encode_prompt
+            if before is not None:
+                self.pipe.encode_prompt = before
+
+    def _keep(self, key: Any, result: Any) -> None:
+        kept = pytree.tree_map_only(Tensor, lambda t: _Stored(t.detach().to("cpu", copy=True), t.device), result)
+        size = sum(s.tensor.nbytes for s in pytree.tree_leaves(kept) if isinstance(s, _Stored))
+        self._kept[key] = kept, size
+        self.held += size
+        while self.held > self.limit and len(self._kept) > 1:
+            self.held -= self._kept.popitem(last=False)[1][1]
+
+    def _copy(self, key: Any) -> Any:
+        self._kept.move_to_end(key)
+        return pytree.tree_map_only(_Stored, lambda s: s.tensor.to(s.device, copy=True), self._kept[key][0])
+
+
+class _Stored:
+    """A tensor on the CPU and the device that it was made on."""
+
+    def __init__(self, tensor: Tensor, device: torch.device) -> None:
+        self.tensor, self.device = tensor, device
+
+
+def prompts_of(config: ModelConfig) -> list[str]:
+    """The prompts that the settings name, from a file or a data set; none if they name neither."""
+    if config.prompts_dataset is None:
+        return read_prompts(config.prompts_file)
+    column, split, limit = config.prompts_column, config.prompts_split, config.num_prompts
+    return prompts_from_dataset(config.prompts_dataset, column, split, limit)
 
 
 def read_prompts(path: str | None) -> list[str]:
@@ -140,3 +271,105 @@ def read_prompts(path: str | None) -> list[str]:
     if not prompts:
         raise ValueError(f"prompts_file {path!r} holds no prompt")
     return prompts
+
+
+def prompts_from_dataset(name_or_path: str, column: str = "text", split: str = "train", limit: int = 1000) -> list[str]:
+    """The first `limit` non-blank texts of one column, read as a stream: no more is fetched than is used.
+
+    Args:
+        name_or_path: dataset by Hub id or folder, or a json, jsonl, csv, tsv, parquet or txt file.
+        column: of text; the lines of a txt file are in "text".
+        split: of the dataset; files have "train" only.
+
+    Raises:
+        ValueError: one line that names the dataset, and the column or the file at fault.
+    """
+    from datasets import load_dataset  # slow to import, and only this needs it
+
+    kind = DATA_FILES.get(Path(name_or_path).suffix.lower())
+    options: dict[str, Any] = {"data_files": str(name_or_path)} if kind else {}
+    if Path(name_or_path).suffix.lower() == ".tsv":
+        options["sep"] = "\t"
+    prompts: list[str] = []
+    try:
+        rows = load_dataset(kind or str(name_or_path), split=split, streaming=True, **options)
+        for row in rows:
+            if column not in row:
+                raise ValueError(f"it has no column {column!r}; its columns: {', '.join(row)}")
+            if not isinstance(row[column], str | None):
+                raise ValueError(f"column {column!r} holds {type(row[column]).__name__}, not text")
+            if row[column] and row[column].strip():
+                prompts.append(row[column].strip())
+            if len(prompts) == limit:
+                break
+    except Exception as error:  # whatever a reader of files, archives or web pages raises
+        raise ValueError(f"prompts_dataset {str(name_or_path)!r} could not be read: {one_line(error)}") from error
+    if not prompts:
+        raise ValueError(f"prompts_dataset {str(name_or_path)!r} holds no text in column {column!r}")
+    return prompts
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, or else its name."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _timed_networks(pipe: Any) -> dict[str, nn.Module]:
+    """Components that are called once a step, by name: their forward takes a time, or they are named like it."""
+
+    def takes_time(name: str, module: nn.Module) -> bool:
+        if any(part in name for part in NOT_TIMED):
+            return False
+        return name.startswith(DENOISER_NAMES) or any(
+            p.startswith("timestep") for p in inspect.signature(module.forward).parameters
+        )
+
+    networks = {name: m for name, m in pipe.components.items() if isinstance(m, nn.Module)}
+    return {name: m for name, m in networks.items() if takes_time(name, m)}
+
+
+def _batch_size(args: tuple, kwargs: Mapping[str, Any]) -> int:
+    """Samples in one call of a denoiser, which takes a tensor (B, ...) or a list of B tensors."""
+    for value in (*(kwargs[name] for name in INPUT_NAMES if name in kwargs), *args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.ndim > 1:
+            return value.shape[0]
+        if isinstance(value, (list, tuple)) and value and all(isinstance(v, Tensor) for v in value):
+            return len(value)
+    return 1
+
+
+def _is_text(name: str, value: Any) -> bool:
+    """Whether a call argument is a prompt for all samples, which pipelines want once a sample."""
+    return isinstance(value, str) and PROMPT.fullmatch(name) is not None
+
+
+def _plain(value: Any) -> Any:
+    """A value that can be a key, from texts, numbers, devices, dtypes and containers of them; else TypeError."""
+    if value is None or isinstance(value, (str, bool, int, float, torch.device, torch.dtype)):
+        return type(value), value
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_plain, value))
+    if isinstance(value, Mapping):
+        return tuple((str(k), _plain(v)) for k, v in sorted(value.items()))
+    raise TypeError(f"{type(value).__name__} is no key")
+
+
+def _digest(value: Any) -> str:
+    """Of nested containers of tensors, arrays, pictures, texts and numbers."""
+    if isinstance(value, Mapping):
+        parts = [part for k, v in sorted(value.items()) for part in (str(k), _digest(v))]
+        return hashlib.sha256("/".join(parts).encode()).hexdigest()
+    if isinstance(value, (list, tuple)):
+        return hashlib.sha256("/".join(map(_digest, value)).encode()).hexdigest()
+    if isinstance(value, Tensor):
+        data = _bytes(value)
+    elif isinstance(value, np.ndarray) or hasattr(value, "tobytes"):  # arrays and pictures
+        data = value.tobytes()
+    else:
+        data = repr(value).encode()
+    shape = tuple(getattr(value, "shape", getattr(value, "size", ())) or ())
+    return hashlib.sha256(f"{type(value).__name__}{shape}".encode() + data).hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
