@@ -34,6 +34,11 @@ RIDGE_FACTORS = (10, 100)  # tried on the best warp besides the ridge that the s
 FINAL_FITS = KEEP + len(RIDGE_FACTORS)
 
 
+def comparable(error: float) -> float:
+    """Ten significant digits: which of two equals is taken must not hang on the order of a sum over processes."""
+    return float(f"{error:.9e}")
+
+
 def warped_nodes(warp: Sequence[float], nfe: int) -> Tensor:
     """nfe + 1 nodes from 1 to 0 whose step sizes are softmax(a u + b u^2 + c u^3); (nfe + 1,) float64."""
     u = torch.linspace(-1, 1, nfe, dtype=torch.float64) if nfe > 1 else torch.zeros(1, dtype=torch.float64)
@@ -161,15 +166,15 @@ class ClosedForm:
             if np.abs(warp).sum() > MAX_WARP:
                 return np.inf
             seen.append(self.fit(nfe, warp.tolist(), ridge, trial))
-            return np.log(seen[-1].train_mse + 1e-30)
+            return comparable(np.log(seen[-1].train_mse + 1e-30))
 
         simplex = np.array([IDENTITY, *(0.8 * np.eye(3))])
         options = {"maxfev": trials, "initial_simplex": simplex, "xatol": 1e-2, "fatol": 1e-3}
         minimize(objective, np.array(IDENTITY), method="Nelder-Mead", options=options)
-        finalists = [self.fit(nfe, c.warp, ridge) for c in sorted(seen, key=lambda c: c.train_mse)[:KEEP]]
-        best = min(finalists, key=lambda c: c.train_mse)
+        finalists = [self.fit(nfe, c.warp, ridge) for c in sorted(seen, key=lambda c: comparable(c.train_mse))[:KEEP]]
+        best = min(finalists, key=lambda c: comparable(c.train_mse))
         finalists += [self.fit(nfe, best.warp, ridge * factor) for factor in RIDGE_FACTORS]
-        return min(map(self.validated, finalists), key=lambda c: c.validation_mse)
+        return min(map(self.validated, finalists), key=lambda c: comparable(c.validation_mse))
 
     def mean_square(self, errors: Tensor) -> float:
         """Over every process's samples."""

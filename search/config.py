@@ -18,7 +18,11 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-METHODS = ("closed_form", "paper")
+METHODS = ("closed_form", "gradient", "paper")
+OPTIMIZERS = ("lbfgs", "adam", "lion")
+OBJECTIVES = ("terminal", "trajectory", "mixed", "paper")
+GROUPS = ("nodes", "coefficients", "times")
+DTYPES = ("float32", "float64", "bfloat16", "float16")
 T = TypeVar("T", bound="ModelConfig")
 
 
@@ -37,8 +41,14 @@ class ModelConfig:
     guidance_scale: float | None = option("the guidance of the run, passed to the pipeline", default=None)
     call: dict[str, Any] = option("more arguments of the pipeline's call, as JSON", default_factory=dict)
     prompts_file: str | None = option("text file, one prompt per line", default=None)
+    prompts_dataset: str | None = option(
+        "or a data set, Hub id or file (json, csv, parquet, txt), streamed", default=None
+    )
+    prompts_column: str = option("its column", default="text")
+    prompts_split: str = option("its split", default="train")
+    num_prompts: int = option("so many of its first prompts", default=1000)
     revision: str | None = option("revision of the model", default=None)
-    dtype: str = option("float32, bfloat16 or float16", default="float32")
+    dtype: str = option("float32, float64, bfloat16 or float16", default="float32")
     seed: int = option("of all noise", default=0)
     batch_size: int = option("samples per pipeline call and process where they need not run together", default=64)
 
@@ -47,8 +57,11 @@ class ModelConfig:
             if not getattr(self, name):
                 raise ValueError(f"{name} is missing; give --{name}")
         _require(self, "nfe", bool(self.nfe) and all(1 <= n <= 1000 for n in self.nfe), "whole numbers from 1 to 1000")
-        _require(self, "dtype", self.dtype in ("float32", "bfloat16", "float16"), "float32, bfloat16 or float16")
-        _require(self, "batch_size", self.batch_size >= 1, "1 or more")
+        _require(self, "dtype", self.dtype in DTYPES, "float32, float64, bfloat16 or float16")
+        for name in ("batch_size", "num_prompts"):
+            _require(self, name, getattr(self, name) >= 1, "1 or more")
+        if self.prompts_file is not None and self.prompts_dataset is not None:
+            raise ValueError("prompts_file and prompts_dataset are both given; give one")
 
     @property
     def call_arguments(self) -> dict[str, Any]:
@@ -60,7 +73,10 @@ class ModelConfig:
 class SearchConfig(ModelConfig):
     """Settings of `search`."""
 
-    method: str = option("closed_form (forward evaluations only) or paper (Algorithm 1 and 2)", default="closed_form")
+    method: str = option(
+        "closed_form (forward evaluations only), gradient (closed_form, then a descent) or paper (Algorithm 1 and 2)",
+        default="closed_form",
+    )
     num_train_samples: int = option("closed_form: samples that rows are fitted to", default=64)
     num_trial_samples: int = option("closed_form: so many of them compare warps", default=32)
     num_validation_samples: int = option("held-out samples that choose between candidates", default=32)
@@ -68,20 +84,37 @@ class SearchConfig(ModelConfig):
     teacher_order: int = option("order of the reference, 1 to 3", default=3)
     trials: int = option("closed_form: warps tried per NFE", default=60)
     polish: int = option("closed_form: Gauss-Newton iterations after it, forward evaluations too", default=1)
+    search_over: list[str] = option(
+        f"what polish and gradient move: {', '.join(GROUPS)} (times: what the network is fed)",
+        default_factory=lambda: list(GROUPS),
+    )
+    gradient_calls: int = option("gradient: evaluations of loss and gradient on all training samples", default=30)
+    optimizer: str = option(f"gradient: {', '.join(OPTIMIZERS)}", default="lbfgs")
+    objective: str = option(f"gradient: {', '.join(OBJECTIVES)}", default="terminal")
     ridge: float = option("closed_form: pull of each row towards the classical one", default=1e-4)
     fill_nfe: list[int] = option(
         "closed_form: other step counts that get a table, first and last", default_factory=lambda: [3, 20]
     )
     num_generated_samples: int = option("paper: samples generated during the search", default=50_000)
     train_batch_size: int = option("paper: samples per update, over all processes", default=32)
-    learning_rate: float = option("paper: of Lion, constant", default=1e-2)
+    learning_rate: float = option("paper: of Lion, constant; gradient: of adam and lion, falling", default=1e-2)
     reference_steps: int = option("paper: Euler (DDIM) steps of the reference", default=100)
     validation_steps: int = option("paper: updates between held-out checks", default=10)
+    resume_from_checkpoint: str = option(
+        "latest: go on where a killed run of this very search stopped, begin if there is none; none: refuse a folder "
+        "that holds a search",
+        default="latest",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(self, "method", self.method in METHODS, " or ".join(METHODS))
+        _require(self, "resume_from_checkpoint", self.resume_from_checkpoint in ("latest", "none"), "latest or none")
         _require(self, "teacher_order", self.teacher_order in (1, 2, 3), "1, 2 or 3")
+        _require(self, "optimizer", self.optimizer in OPTIMIZERS, " or ".join(OPTIMIZERS))
+        _require(self, "objective", self.objective in OBJECTIVES, " or ".join(OBJECTIVES))
+        groups = bool(self.search_over) and set(self.search_over) <= set(GROUPS)
+        _require(self, "search_over", groups, f"some of {', '.join(GROUPS)}")
         _require(self, "polish", self.polish >= 0, "0 or more")
         _require(self, "ridge", self.ridge > 0, "above 0")
         _require(self, "learning_rate", self.learning_rate > 0, "above 0")
@@ -97,6 +130,7 @@ class SearchConfig(ModelConfig):
             "num_trial_samples",
             "num_validation_samples",
             "trials",
+            "gradient_calls",
             "num_generated_samples",
             "train_batch_size",
             "reference_steps",

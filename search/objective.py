@@ -1,8 +1,8 @@
-"""The loss of the paper's search."""
+"""Losses of a run against a reference. Each takes N+1 states and N+1 references, (B, ...) each, first to last."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +20,31 @@ def paper_loss(states: Sequence[Tensor], references: Sequence[Tensor]) -> Tensor
 
     Paper: Alg. 1 and 2, arXiv 2505.21114.
     """
-    pairs = list(zip(states[1:], references[1:], strict=True))
-    trajectory = torch.stack([F.mse_loss(x.float(), y) for x, y in pairs]).sum()
-    return trajectory + HUBER_WEIGHT * F.huber_loss(states[-1].float(), references[-1], delta=HUBER_DELTA)
+    precise = [x.to(y.dtype) for x, y in zip(states[1:], references[1:], strict=True)]  # references: float32 or more
+    trajectory = torch.stack([F.mse_loss(x, y) for x, y in zip(precise, references[1:], strict=True)]).sum()
+    return trajectory + HUBER_WEIGHT * F.huber_loss(precise[-1], references[-1], delta=HUBER_DELTA)
+
+
+def terminal_loss(states: Sequence[Tensor], references: Sequence[Tensor]) -> Tensor:
+    """Mean squared error of the final states."""
+    return F.mse_loss(states[-1].to(references[-1].dtype), references[-1])
+
+
+def trajectory_loss(states: Sequence[Tensor], references: Sequence[Tensor]) -> Tensor:
+    """Mean over nodes 1..N of the mean squared error."""
+    pairs = zip(states[1:], references[1:], strict=True)
+    return torch.stack([F.mse_loss(x.to(y.dtype), y) for x, y in pairs]).mean()
+
+
+def mixed_loss(states: Sequence[Tensor], references: Sequence[Tensor]) -> Tensor:
+    """The terminal loss plus the trajectory loss."""
+    return terminal_loss(states, references) + trajectory_loss(states, references)
+
+
+Loss = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
+OBJECTIVES: dict[str, Loss] = {
+    "terminal": terminal_loss,
+    "trajectory": trajectory_loss,
+    "mixed": mixed_loss,
+    "paper": paper_loss,
+}

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Sequence
+
 import torch
 from torch import Tensor, nn
+
+from .config import GROUPS
 
 
 def nodes_from_logits(logits: Tensor) -> Tensor:
@@ -47,3 +51,82 @@ class PaperParameters(nn.Module):
     def count(self) -> int:
         """Numbers that are searched: N + N(N-1)/2, fewer for N <= 6."""
         return self.nfe + int(self.free.sum())
+
+
+class CorrectionParameters(nn.Module):
+    """Classical second-order rows of the nodes as they are now, plus corrections that sum to 0 and do not move with
+    them; around one solver, whose numbers are the origin: every parameter starts at 0.
+
+    Args:
+        raw: its nodes before any resolution shift, (N+1,) float64 from 1 to 0.
+        rows: its N rows.
+        slopes: nodes like `raw` -> (N,) weights s_i: the classical row is (.., -s_i, 1 + s_i); differentiable.
+        offsets: (N,) what the network is fed in place of each node, minus that node; None: 0.
+        free: which of `GROUPS` are parameters: step sizes, corrections, offsets.
+
+    Source: corrections of classical coefficients: GS, ICLR 2026; decoupled network times: LD3, arXiv 2405.15506.
+    """
+
+    OFFSET_SCALE = 0.1  # one unit of an offset parameter, as a difference of nodes
+
+    def __init__(
+        self,
+        raw: Tensor,
+        rows: Sequence[Sequence[float]],
+        slopes: Callable[[Tensor], Tensor],
+        offsets: Tensor | None = None,
+        free: Collection[str] = GROUPS,
+    ) -> None:
+        super().__init__()
+        self.nfe = n = len(rows)
+        self.slopes = slopes
+        self.origin = torch.log(raw[:-1] - raw[1:])
+        self.fed = offsets
+        started = [torch.tensor(list(row), dtype=torch.float64) for row in rows]
+        self.learned = [row - base for row, base in zip(started, self._classical(raw), strict=True)]
+        for group, count in zip(GROUPS, (n - 1, n * (n - 1) // 2, n), strict=True):
+            zeros = torch.zeros(count, dtype=torch.float64)
+            if group in free:
+                self.register_parameter(f"free_{group}", nn.Parameter(zeros))
+            else:
+                self.register_buffer(f"free_{group}", zeros)
+        self.free_nodes: Tensor
+        self.free_coefficients: Tensor
+        self.free_times: Tensor
+
+    def nodes(self) -> Tensor:
+        """(N+1,) from 1 to 0, before any resolution shift."""
+        return nodes_from_logits(self.origin + torch.cat([self.free_nodes, self.free_nodes.new_zeros(1)]))
+
+    def rows(self) -> list[list[Tensor]]:
+        """N rows of 0-dim tensors, each summing to 1."""
+        rows = []
+        parts = torch.split(self.free_coefficients, list(range(self.nfe)))
+        for base, learned, part in zip(self._classical(self.nodes()), self.learned, parts, strict=True):
+            rows.append(list((base + learned + torch.cat([part, -part.sum()[None]])).unbind()))
+        return rows
+
+    def offsets(self) -> Tensor | None:
+        """(N,), None if they are 0 for good; a positive parameter is a lower time: the first node cannot be fed a
+        noisier one."""
+        if self.fed is None and not self.free_times.requires_grad:
+            return None
+        moved = -self.OFFSET_SCALE * self.free_times
+        return moved if self.fed is None else self.fed + moved
+
+    def numbers(self) -> tuple[Tensor, list[list[float]], Tensor | None]:
+        """Nodes, rows and offsets as they are, without a graph."""
+        with torch.no_grad():
+            return self.nodes(), [[float(w) for w in row] for row in self.rows()], self.offsets()
+
+    @property
+    def count(self) -> int:
+        """Numbers that are searched."""
+        return sum(p.numel() for p in self.parameters())
+
+    def _classical(self, raw: Tensor) -> list[Tensor]:
+        one = torch.ones(1, dtype=torch.float64)
+        rows = [one]
+        for i, slope in enumerate(self.slopes(raw)[1:], start=1):
+            rows.append(torch.cat([torch.zeros(i - 1, dtype=torch.float64), -slope[None], one + slope]))
+        return rows

@@ -8,9 +8,10 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 import time
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,21 +25,69 @@ from tqdm.auto import tqdm
 from diffusers_dssolver import DSSolverScheduler
 from diffusers_dssolver.solver import SolverSpec
 
-from .closed_form import FINAL_FITS, IDENTITY, Candidate, ClosedForm, warped_nodes
+from .closed_form import FINAL_FITS, IDENTITY, Candidate, ClosedForm, Samples, warped_nodes
 from .config import SearchConfig
 from .fit import fit
-from .objective import paper_loss
+from .gradient import Descent
+from .objective import OBJECTIVES, paper_loss
 from .parameters import PaperParameters
-from .polish import Polish, polish
+from .polish import Polish, around, polish
+from .preflight import preflight
 from .probe import ProbeScheduler, run
-from .sampling import Sampler, load_pipeline, read_prompts
+from .sampling import Sampler, load_pipeline, prompts_of
+from .state import (
+    Damaged,
+    Journal,
+    drop_torn_line,
+    from_main,
+    read_record,
+    reduced,
+    remove_partial_files,
+    say,
+    write_record,
+    write_text,
+)
 from .teacher import Reference, reference
 
 SOLVER_KEYS = ("nodes", "timesteps", "coefficients")
 # of a solver that the pipeline already had
 OWN_KEYS = ("solvers", "provenance", "strict", "history_length", "searched_shift", "interpolate_corrections")
 DERIVED = ("validation_mse_classical", "validation_mse_corrections")
-STATE, METRICS = "search_state.json", "metrics.jsonl"
+SCHEDULER, METRICS = "scheduler_config.json", "metrics.jsonl"
+STATE, PREVIOUS, JOURNAL = "search_state.json", "search_state.previous.json", "trials.jsonl"
+# neither what a solver is fitted to nor how
+NOT_IN_KEY = ("nfe", "output_dir", "batch_size", "fill_nfe", "resume_from_checkpoint")
+
+
+@dataclass
+class ResumableForm(ClosedForm):
+    """A closed form whose finished fits are kept, so that the search inside one NFE is replayed, not done again.
+
+    Args:
+        journal: where they are kept.
+        count: network evaluations so far, over all processes.
+        on_known: called in place of `on_trial`, with a kept candidate and the evaluations that it took.
+    """
+
+    journal: Journal | None = None
+    count: Callable[[], int] = field(default=lambda: 0)
+    on_known: Callable[[Candidate, int], None] = field(default=lambda candidate, evaluations: None)
+
+    def fit(self, nfe: int, warp: Sequence[float], ridge: float, samples: Samples | None = None) -> Candidate:
+        if self.journal is None:
+            return super().fit(nfe, warp, ridge, samples)
+        a, b, c = map(float, warp)
+        task = {"nfe": nfe, "warp": [a, b, c], "ridge": ridge, "samples": "trial" if samples else "train"}
+        if known := self.journal.get(task):
+            spec = SolverSpec.from_dict(known["spec"])
+            found = Candidate((a, b, c), ridge, warped_nodes(warp, nfe), spec, known["train_mse"])
+            self.on_known(found, known["network_evaluations"])
+            return found
+        before = self.count()
+        found = super().fit(nfe, warp, ridge, samples)
+        result = {"spec": found.spec.to_dict(), "train_mse": found.train_mse}
+        self.journal.add(task, {**result, "network_evaluations": self.count() - before})
+        return found
 
 
 class Search:
@@ -46,51 +95,115 @@ class Search:
 
     def __init__(self, config: SearchConfig) -> None:
         self.config, self.accelerator = config, Accelerator()
-        self.folder = Path(config.output_dir)
+        self.folder, self.started = Path(config.output_dir), time.time()
+        try:
+            self._open()
+        except ValueError:
+            self.accelerator.end_training()  # every process raises it
+            raise
+
+    def _open(self) -> None:
+        """Load the model, then look at the folder; nothing is written if anything is at fault."""
+        config = self.config
         pipe = load_pipeline(
             config.pretrained_model_name_or_path, config.dtype, self.accelerator.device, config.revision
         )
-        self.sampler = Sampler(pipe, config.call_arguments, read_prompts(config.prompts_file), config.seed)
+        self.sampler = Sampler(pipe, config.call_arguments, prompts_of(config), config.seed)
         self.probe = ProbeScheduler.from_config(
             pipe.scheduler.config, solvers="classical", strict=False, history_length=None
         )
-        self.started = time.time()
+        self.descending = config.search_over
+        self.splits = {"train": config.num_train_samples, "validation": config.num_validation_samples}
+        if config.method == "paper":
+            del self.splits["train"]  # it generates its own
+        self._check_shares()
         self.state = self._open_state()
+        if self.accelerator.is_main_process:  # every process counts its own, this one also what was kept
+            kept = [entry["network_evaluations"] for entry in self.state["solvers"].values()]
+            self.sampler.network_evaluations = sum(kept) + self.state["derived_network_evaluations"]
+            drop_torn_line(self.folder / METRICS)
+        self.journal = Journal(self.folder / JOURNAL, self.state["key"], self.accelerator)
 
     # --- command ---------------------------------------------------------------------------------------------------
 
     def __call__(self) -> None:
-        splits = {"train": self.config.num_train_samples, "validation": self.config.num_validation_samples}
-        if self.config.method == "paper":
-            del splits["train"]  # it generates its own
-        references = {name: self._reference(name, range(count)) for name, count in splits.items()}
-        form = ClosedForm(
+        """The whole run.
+
+        Raises:
+            ValueError: a setting, the model or the folder is at fault; one line.
+            KeyboardInterrupt: Ctrl-C, with a line that says how to go on.
+        """
+        try:
+            self._run()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(self._how_to_go_on()) from None  # no farewell to processes that may be gone
+        except ValueError:
+            self.accelerator.end_training()  # every process raises it
+            raise
+        self.accelerator.end_training()  # without it, a process aborts now and then in the middle of its exit
+
+    def _run(self) -> None:
+        if not all(self._has(nfe) for nfe in self.config.nfe):
+            self._preflight()
+        references = {name: self._reference(name, range(count)) for name, count in self.splits.items()}
+        form = ResumableForm(
             self.sampler,
             self.probe,
             references.get("train", references["validation"]),
             references["validation"],
-            -(-self.config.num_trial_samples // self.accelerator.num_processes),
+            len(self._share(range(self.config.num_trial_samples))),
             self._reduce,
             self._log_trial,
+            journal=self.journal,
+            count=self._evaluations,
+            on_known=lambda candidate, evaluations: self._found_done(evaluations),
         )
         for nfe in sorted(set(self.config.nfe)):
-            if self.state["solvers"].get(str(nfe), {}).get("kind") != "searched":
+            if not self._has(nfe):
                 began = self._evaluations(), time.time()
                 entry = self._paper(form, nfe) if self.config.method == "paper" else self._closed_form(form, nfe)
                 self._keep(form, nfe, entry, "searched", began)
-        if self.config.method == "closed_form" and self.config.fill_nfe:
+        if self.config.method != "paper" and self.config.fill_nfe:
             first, last = self.config.fill_nfe
             missing = [n for n in range(first, last + 1) if str(n) not in self.state["solvers"]]
             for nfe in tqdm(missing, desc="filling other step counts", disable=not self.accelerator.is_main_process):
                 began = self._evaluations(), time.time()
                 self._keep(form, nfe, self._filled(form, nfe), "filled", began)
         self._measure_derived(form)
+        self._mend(form)
+        self.journal.clear()  # of what was killed between the state and this
         if self.accelerator.is_main_process:
             print(self.table())
-        self.accelerator.end_training()  # without it, a process aborts now and then in the middle of its exit
 
-    def _closed_form(self, form: ClosedForm, nfe: int) -> dict[str, Any]:
-        quiet = not self.accelerator.is_main_process
+    def _has(self, nfe: int) -> bool:
+        return bool(self.state["solvers"].get(str(nfe), {}).get("kind") == "searched")
+
+    def _preflight(self) -> None:
+        """Try the pipeline before anything is spent on it, and take out of a descent what gets no gradient. The same in
+        every process, and not counted."""
+        config = self.config
+        found = preflight(self.sampler, self.probe, gradients=config.method != "closed_form")
+        if self.accelerator.is_main_process:
+            say(str(found))
+        if config.method != "closed_form" and found.verdict == "forward_only":
+            raise ValueError(f"method {config.method} needs gradients ({found.reason}); closed_form does without")
+        if config.method == "paper" and found.verdict == "coefficients":
+            raise ValueError(f"method paper moves nodes ({found.reason}); closed_form and gradient do without")
+        if found.verdict == "coefficients":
+            self.descending = [group for group in config.search_over if group == "coefficients"]
+
+    def _closed_form(self, form: ResumableForm, nfe: int) -> dict[str, Any]:
+        config, quiet = self.config, not self.accelerator.is_main_process
+        stages: list[dict[str, Any]] = []
+        spent = self._evaluations()
+
+        def ended(stage: str, found: Candidate) -> None:
+            nonlocal spent
+            before, spent = spent, self._evaluations()
+            reached = {"stage": stage, "validation_mse": found.validation_mse}
+            stages.append({**reached, "network_evaluations": spent - before})
+            self._log({"nfe": nfe, **reached, "network_evaluations": spent})
+
         fits = self.config.trials + FINAL_FITS
         with tqdm(desc=f"closed form, {nfe} calls", unit="fit", total=fits, disable=quiet) as bar:
 
@@ -99,13 +212,39 @@ class Search:
                 bar.update()
                 self._log_trial(candidate)
 
-            found = replace(form, on_trial=on_trial).search(nfe, self.config.trials, self.config.ridge)
-        record = {"nfe": nfe, "closed_form_validation_mse": found.validation_mse}
-        self._log({**record, "network_evaluations": self._evaluations()})
-        differences = self.config.polish * Polish(form, found).count
-        with tqdm(desc=f"polish, {nfe} calls", unit="difference", total=differences, disable=quiet) as bar:
-            found = polish(form, found, self.config.polish, bar.update)
-        return _entry(found)
+            def on_known(candidate: Candidate, evaluations: int) -> None:
+                bar.update()
+                self._found_done(evaluations)
+
+            watched = replace(form, on_trial=on_trial, on_known=on_known)
+            found = watched.search(nfe, self.config.trials, self.config.ridge)
+        ended("closed_form", found)
+        if config.polish:
+            differences = config.polish * Polish(form, found, config.search_over).count
+            with tqdm(desc=f"polish, {nfe} calls", unit="difference", total=differences, disable=quiet) as bar:
+                found = polish(form, found, config.polish, bar.update, config.search_over)
+            ended("polish", found)
+        if config.method == "gradient":
+            found = self._descended(form, found)
+            ended("gradient", found)
+        return {**_entry(found), "stages": stages}
+
+    def _descended(self, form: ClosedForm, found: Candidate) -> Candidate:
+        """The candidate after `method gradient`'s own stage."""
+        config, nfe = self.config, found.spec.nfe
+        parameters = around(form, found, self.descending)
+        if not parameters.count:
+            return found
+        quiet = not self.accelerator.is_main_process
+        with tqdm(desc=f"gradient, {nfe} calls", unit="call", total=config.gradient_calls, disable=quiet) as bar:
+
+            def on_call(loss: float, best: float) -> None:
+                bar.set_postfix(loss=f"{loss:.4g}", best=f"{best:.3g}", refresh=False)
+                bar.update()
+                self._log({"nfe": nfe, "loss": loss, "best_validation_mse": best})
+
+            descent = Descent(form, found, parameters, OBJECTIVES[config.objective], config.batch_size, on_call)
+            return descent.run(config.optimizer, config.gradient_calls, config.learning_rate)
 
     def _filled(self, form: ClosedForm, nfe: int) -> dict[str, Any]:
         """Closed-form rows on warps interpolated between the searched ones: one pass."""
@@ -122,14 +261,22 @@ class Search:
         chosen = [gaps[i] for i in sorted({round(k * (len(gaps) - 1) / 3) for k in range(4)})] if gaps else []
         if [str(n) for n in chosen] == list(self.state.get("derived", {})):
             return
-        self.state["derived"] = {}
+        self.state["derived"], began = {}, self._evaluations()
         for nfe in chosen:
             scores = [form.score_spec(self.probe.derived(solvers, nfe, learned)) for learned in (False, True)]
             self.state["derived"][str(nfe)] = dict(zip(DERIVED, scores, strict=True))
             self._log({"nfe": nfe, "derived": self.state["derived"][str(nfe)]})
+        self.state["derived_network_evaluations"] += self._evaluations() - began
         self.state["network_evaluations"] = self._evaluations()
         if self.accelerator.is_main_process:
             self.write()
+
+    def _mend(self, form: ClosedForm) -> None:
+        """Write the result again if somebody took or spoiled it."""
+        if not from_main(self.accelerator, _is_json(self.folder / SCHEDULER)):
+            form.score(warped_nodes(IDENTITY, min(self.config.nfe)), None)  # tells the probe the model's shift
+            if self.accelerator.is_main_process:
+                self.write()
 
     def _corrections_help(self) -> bool:
         """In the geometric mean over the step counts measured; no if none was."""
@@ -138,18 +285,24 @@ class Search:
 
     def _paper(self, form: ClosedForm, nfe: int) -> dict[str, Any]:
         """Algorithm 1 and 2: gradients through the pipeline's call, fresh samples for every update."""
-        config, rank, processes = self.config, self.accelerator.process_index, self.accelerator.num_processes
+        config, began = self.config, self._evaluations()
         parameters = PaperParameters(nfe)
         iterations = -(-config.num_generated_samples // config.train_batch_size)
 
+        def collapsed() -> bool:
+            """Whether step sizes vanished, in every process alike: no solver, and for `fit` a reason to roll back."""
+            return not bool((self.probe.final_nodes(parameters.nodes().detach()).diff() < 0).all())
+
         def loss_of(iteration: int) -> Tensor:
             first = iteration * config.train_batch_size
-            batch = range(first, first + config.train_batch_size)[rank::processes]
+            batch = self._share(range(first, first + config.train_batch_size))
             if not batch:
                 return 0.0 * (parameters.r.sum() + parameters.c.sum())
             euler = reference(
                 self.sampler, self.probe, batch, "train", config.reference_steps, 1, len(batch), progress=False
             )
+            if collapsed():
+                return math.nan * (parameters.r.sum() + parameters.c.sum())
             nodes = parameters.nodes()
             self.probe.prepare(nodes, parameters.rows())
             before = self.sampler.network_evaluations
@@ -159,14 +312,14 @@ class Search:
             return paper_loss([s[: len(batch)] for s in states], wanted) * len(batch) / config.train_batch_size
 
         def validate() -> float:
+            if collapsed():
+                return math.nan
             rows = [[w.item() for w in row] for row in parameters.rows()]
             return form.score(parameters.nodes().detach(), rows)
 
         def log(record: dict[str, Any]) -> None:
             self._log({"nfe": nfe, **record, "network_evaluations": self._evaluations()})
-            self._save_count()
 
-        checkpoint = self.folder / f"paper-{nfe}.safetensors"
         best = fit(
             parameters,
             loss_of,
@@ -175,9 +328,12 @@ class Search:
             self.accelerator,
             validate,
             config.validation_steps,
-            checkpoint,
+            self.folder / f"paper-{nfe}.safetensors",
             log,
             f"paper, {nfe} calls",
+            self.state["key"],
+            lambda: self._evaluations() - began,
+            self._found_done,
         )
         nodes = self.probe.final_nodes(parameters.nodes().detach())
         rows = [[w.item() for w in row] for row in parameters.rows()]
@@ -219,10 +375,15 @@ class Search:
             searched_shift=self.probe.searched_shift(),
             interpolate_corrections=self._corrections_help(),
         )
-        with tempfile.TemporaryDirectory(dir=self.folder) as partial:
-            scheduler.save_pretrained(partial)
-            os.replace(Path(partial) / "scheduler_config.json", self.folder / "scheduler_config.json")
-        _write_text(self.folder / STATE, json.dumps(self.state, indent=1))
+        write_text(self.folder / SCHEDULER, scheduler.to_json_string())
+        self._write_state(self.state)
+        self.journal.clear()
+
+    def _write_state(self, state: dict[str, Any]) -> None:
+        """The state, the one before it kept beside it."""
+        with suppress(FileNotFoundError):
+            os.replace(self.folder / STATE, self.folder / PREVIOUS)
+        write_record(self.folder / STATE, state)
 
     def _tables(self) -> dict[str, dict[str, Any]]:
         kept = {n: e for n, e in self.state["solvers"].items() if e["kind"] != "dropped"}
@@ -241,7 +402,7 @@ class Search:
             "call": config.call_arguments,
             "teacher": {"steps": config.teacher_steps, "order": config.teacher_order},
             "samples": {
-                "train": config.num_train_samples if config.method == "closed_form" else config.num_generated_samples,
+                "train": config.num_generated_samples if config.method == "paper" else config.num_train_samples,
                 "validation": config.num_validation_samples,
             },
             "seed": config.seed,
@@ -250,7 +411,7 @@ class Search:
             "results": {
                 n: {
                     k: e[k]
-                    for k in ("kind", "validation_mse", "classical_mse", "warp", "ridge", "parameters")
+                    for k in ("kind", "validation_mse", "classical_mse", "warp", "ridge", "parameters", "stages")
                     if k in e
                 }
                 for n, e in self.state["solvers"].items()
@@ -273,44 +434,77 @@ class Search:
                 f"{n:>4} {e['kind']:9} {e['classical_mse']:10.3g} {e['validation_mse']:10.3g} {ratio:6.2f} "
                 f"{e['network_evaluations']:12,} {e['seconds']:8.1f}{note}"
             )
+            lines += [
+                f"{'':4}   {s['stage']:22} {s['validation_mse']:10.3g} {'':6} {s['network_evaluations']:12,}"
+                for s in e.get("stages", [])
+            ]
         lines.append(
             f"held-out final-state mse; {self.state['network_evaluations']:,} network evaluations, teacher included"
         )
         return "\n".join([*lines, f"solver written to {self.folder}"])
 
+    def _share(self, indices: range) -> range:
+        """Those of these global sample indices that this process runs."""
+        return indices[self.accelerator.process_index :: self.accelerator.num_processes]
+
+    def _check_shares(self) -> None:
+        processes = self.accelerator.num_processes
+        counts = dict(self.splits)
+        if self.config.method != "paper":
+            counts["trial"] = min(self.config.num_trial_samples, self.config.num_train_samples)
+        for name, count in counts.items():
+            if count < processes:
+                raise ValueError(f"{count} {name} samples for {processes} processes; each needs one")
+
     def _reference(self, split: str, indices: range) -> tuple[range, Reference]:
-        share = indices[self.accelerator.process_index :: self.accelerator.num_processes]
-        if not share:
-            raise ValueError(
-                f"{len(indices)} {split} samples for {self.accelerator.num_processes} processes; each needs one"
-            )
-        config = self.config
+        share, config, before = self._share(indices), self.config, self.sampler.network_evaluations
         found = reference(
             self.sampler, self.probe, share, split, config.teacher_steps, config.teacher_order, config.batch_size,
             cache=self.folder / "cache", progress=self.accelerator.is_main_process,
         )  # fmt: skip
-        self._save_count()
+        self.sampler.network_evaluations = before + found.network_evaluations  # those of an earlier, killed run too
         return share, found
 
     def _open_state(self) -> dict[str, Any]:
-        """The state of an earlier, killed run of the very same search, or a new one."""
-        resumable = {
-            k: v for k, v in asdict(self.config).items() if k not in ("nfe", "output_dir", "batch_size", "fill_nfe")
-        }
+        """The state of an earlier, killed run of the very same search, or a new one; what the main process finds."""
+        found = from_main(self.accelerator, self._found_state() if self.accelerator.is_main_process else {})
+        if "error" in found:
+            raise ValueError(found["error"])
+        return found
+
+    def _found_state(self) -> dict[str, Any]:
+        resumable = {k: v for k, v in asdict(self.config).items() if k not in NOT_IN_KEY}
         key = hashlib.sha256(json.dumps([resumable, self.sampler.fingerprint()], sort_keys=True).encode()).hexdigest()
-        file = self.folder / STATE
-        if file.is_file():
-            state = json.loads(file.read_text(encoding="utf-8"))
+        files = [file for file in (self.folder / STATE, self.folder / PREVIOUS) if file.exists()]
+        if files and self.config.resume_from_checkpoint == "none":
+            return {"error": f"{self.folder} holds a search; choose another --output_dir, or go on with latest"}
+        for file in files:
+            try:
+                state = read_record(file)
+            except Damaged as error:
+                say(f"{file} is damaged and left out: {error}")
+                continue
             if state.get("key") != key:
-                raise ValueError(
-                    f"{self.folder} holds another search (other model or settings); choose another --output_dir"
-                )
-            self.sampler.network_evaluations = state["network_evaluations"] // self.accelerator.num_processes
+                other = f"{self.folder} holds another search (other model or settings)"
+                return {"error": f"{other}; choose another --output_dir"}
+            if state["solvers"]:
+                say(f"going on in {self.folder}: solvers for {', '.join(state['solvers'])} calls are there")
             return state
-        if (self.folder / "scheduler_config.json").exists():
-            raise ValueError(f"{self.folder} holds a solver that this search did not make; choose another --output_dir")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        return {"key": key, "network_evaluations": 0, "solvers": {}}
+        if files:
+            say(f"no state of {self.folder} could be read; the search starts over from its references")
+        elif (self.folder / SCHEDULER).exists():
+            other = f"{self.folder} holds a solver that this search did not make"
+            return {"error": f"{other}; choose another --output_dir"}
+        (self.folder / "cache").mkdir(parents=True, exist_ok=True)
+        for folder in (self.folder, self.folder / "cache"):
+            remove_partial_files(folder)
+        state = {"key": key, "network_evaluations": 0, "derived_network_evaluations": 0, "solvers": {}}
+        self._write_state(state)
+        return state
+
+    def _how_to_go_on(self) -> str:
+        finished = ", ".join(sorted(self.state["solvers"], key=int)) or "no"
+        return f"interrupted; {self.folder} holds solvers for {finished} calls; the same command goes on from there"
 
     def _log_trial(self, candidate: Candidate) -> None:
         tried = {"nfe": candidate.spec.nfe, "warp": list(candidate.warp), "ridge": candidate.ridge}
@@ -321,23 +515,16 @@ class Search:
             with (self.folder / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({**record, "seconds_since_start": round(time.time() - self.started, 2)}) + "\n")
 
-    def _save_count(self) -> None:
-        """The evaluations so far into the state on disk, so that a killed run goes on counting from there."""
-        total = self._evaluations()
-        if total != self.state["network_evaluations"]:
-            self.state["network_evaluations"] = total
-            if self.accelerator.is_main_process:
-                _write_text(self.folder / STATE, json.dumps(self.state, indent=1))
+    def _found_done(self, evaluations: int) -> None:
+        """Count what an earlier, killed run did and kept; work that was lost with it is not counted."""
+        if self.accelerator.is_main_process:
+            self.sampler.network_evaluations += evaluations
 
     def _evaluations(self) -> int:
-        return int(
-            self._reduce(
-                torch.tensor(self.sampler.network_evaluations, dtype=torch.float64, device=self.accelerator.device)
-            )
-        )
+        return int(self._reduce(torch.tensor(self.sampler.network_evaluations)))
 
     def _reduce(self, tensor: Tensor) -> Tensor:
-        return self.accelerator.reduce(tensor, "sum")
+        return reduced(self.accelerator, tensor)
 
 
 def _entry(found: Candidate) -> dict[str, Any]:
@@ -346,10 +533,11 @@ def _entry(found: Candidate) -> dict[str, Any]:
     return {**found.spec.to_dict(), **how}
 
 
-def _write_text(file: Path, text: str) -> None:
-    partial = file.with_suffix(".tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
+def _is_json(file: Path) -> bool:
+    try:
+        return isinstance(json.loads(file.read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError):
+        return False
 
 
 def _version(name: str) -> str | None:

@@ -6,18 +6,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from .probe import ProbeScheduler, run
 from .sampling import Sampler
+from .state import Damaged, read_tensors, say, write_tensors
+
+Sample = tuple[Tensor, Tensor, float]  # angles (L+1,), states (L+1, ...), network evaluations
 
 
 @dataclass(frozen=True)
@@ -27,10 +30,12 @@ class Reference:
     Attributes:
         angles: (L+1,) float64, falling; `paths.Path.angle` of the nodes, the coordinate of interpolation.
         states: (L+1, B, ...) in the order of the angles.
+        network_evaluations: what these samples took, whether made now or found in a cache.
     """
 
     angles: Tensor
     states: Tensor
+    network_evaluations: int = 0
 
     @property
     def final(self) -> Tensor:
@@ -65,30 +70,67 @@ def reference(
     cache: Path | None = None,
     progress: bool = True,
 ) -> Reference:
-    """Reference trajectories of these samples, from `cache` (a folder) if the very same ones lie there.
+    """Reference trajectories of these samples, in the precision of the run but at least float32.
 
     Args:
         steps, order: of the classical solver (Adams-Bashforth or DPM-Solver++) on uniform nodes; order 1 is the
             paper's Euler or DDIM.
         batch_size: samples per pipeline call.
+        cache: a folder with one file per sample, under a name made of everything that its trajectory depends on; what
+            lies there is read, what is missing or damaged is made and put there. A batch lacking any sample is run
+            whole, so that a resumed run computes what the killed one would have.
     """
-    key = {**sampler.fingerprint(), "split": split, "indices": list(indices), "steps": steps, "order": order}
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    file = cache / f"reference-{name}.safetensors" if cache else None
-    if file and file.is_file():
-        stored = load_file(file)
-        return Reference(stored["angles"], stored["states"])
+    key = {**sampler.fingerprint(indices), **_setting(sampler, split, steps, order)} if cache else {}
     nodes = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
-    parts = []
+    angles, states, evaluations = torch.empty(0), [], 0.0
     for batch in tqdm(batches, desc=f"reference, {split}", unit="batch", disable=not progress):
-        probe.prepare(nodes, order=order)
-        states = run(sampler, probe, batch, split, steps)
-        parts.append(torch.stack([s[: len(batch)].float().cpu() for s in states]))
-    found = Reference(probe.angle(probe.nodes), torch.cat(parts, dim=1))
-    if file:
+        files = [_file(cache, key, index) for index in batch]
+        stored = [_stored(file) for file in files]
+        if not all(stored):
+            before = sampler.network_evaluations
+            probe.prepare(nodes, order=order)
+            made = run(sampler, probe, batch, split, steps)
+            dtype = torch.promote_types(made[0].dtype, torch.float32)
+            whole = torch.stack([s[: len(batch)].to("cpu", dtype) for s in made])
+            cost = (sampler.network_evaluations - before) / len(batch)
+            angles = probe.angle(probe.nodes)
+            for k, file in enumerate(files):
+                if not stored[k]:
+                    stored[k] = (angles, whole[:, k], cost)
+                    _store(file, angles, whole[:, k], cost)
+        found = [sample for sample in stored if sample]
+        angles = found[0][0]
+        states.append(torch.stack([trajectory for _, trajectory, _ in found], dim=1))
+        evaluations += sum(cost for _, _, cost in found)
+    return Reference(angles, torch.cat(states, dim=1), round(evaluations))
+
+
+def _setting(sampler: Sampler, split: str, steps: int, order: int) -> dict[str, Any]:
+    """What a trajectory depends on beside the sampler's own fingerprint."""
+    versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
+    return {"split": split, "steps": steps, "order": order, "dtype": str(sampler.pipe.dtype), "versions": versions}
+
+
+def _file(cache: Path | None, key: dict[str, Any], index: int) -> Path | None:
+    if cache is None:
+        return None
+    name = hashlib.sha256(json.dumps({**key, "index": index}, sort_keys=True).encode()).hexdigest()[:32]
+    return cache / f"reference-{name}.safetensors"
+
+
+def _stored(file: Path | None) -> Sample | None:
+    if file is None or not file.exists():
+        return None
+    try:
+        tensors, metadata = read_tensors(file)
+        return tensors["angles"], tensors["states"], float(metadata["network_evaluations"])
+    except Damaged as error:
+        say(f"{file} is damaged and left out: {error}; its reference is made anew")
+        return None
+
+
+def _store(file: Path | None, angles: Tensor, states: Tensor, cost: float) -> None:
+    if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{os.getpid()}.tmp")
-        save_file({"angles": found.angles, "states": found.states.contiguous()}, partial)
-        os.replace(partial, file)
-    return found
+        write_tensors(file, {"angles": angles, "states": states}, {"network_evaluations": repr(cost)})

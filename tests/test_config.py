@@ -130,7 +130,7 @@ def test_wrong_recipes_name_the_key(text, message, recipe):
         (["--nfe"], r"nfe is \[\]; "),
         (["--nfe", "0"], r"nfe is \[0\]; it must be whole numbers from 1 to 1000"),
         (["--nfe", "5", "1001"], r"nfe is \[5, 1001\]"),
-        (["--method", "x"], "method is 'x'; it must be closed_form or paper"),
+        (["--method", "x"], "method is 'x'; it must be closed_form or gradient or paper"),
         (["--teacher_order", "4"], "teacher_order is 4; it must be 1, 2 or 3"),
         (["--teacher_steps", "8"], "teacher_steps is 8; it must be more than the largest NFE"),
         (["--ridge", "0"], "ridge is 0.0; it must be above 0"),
