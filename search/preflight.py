@@ -91,7 +91,7 @@ class Preflight:
             {
                 "full": "everything can be searched by gradients",
                 "coefficients": f"coefficients only can be searched by gradients: {self.reason}",
-                "forward_only": f"forward evaluations only: {self.reason}",
+                "forward_only": f"forward evaluations only: {self.reason}" if self.agreement else "",
             }[self.verdict],
         ]
         return ". ".join(s for s in sentences if s) + "."
