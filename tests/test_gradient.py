@@ -181,6 +181,17 @@ def test_gradients_of_two_processes_are_those_of_one():
     torch.testing.assert_close(summed, torch.cat([p.grad for p in whole.parameters.parameters()]), rtol=1e-4, atol=2e-6)
 
 
+def test_every_process_gets_the_sum_over_all():
+    """Two processes with the same samples are one with each sample twice: the same mean."""
+    form, _ = searched("flow")
+    found = form.fit(3, WARP, 1e-4)
+    single = Descent(form, found, around(form, found), mixed_loss, 4)
+    of_two = Descent(dataclasses.replace(form, reduce=lambda t: 2 * t), found, around(form, found), mixed_loss, 4)
+    assert of_two.value() == pytest.approx(single.value(), rel=1e-6)
+    for p, q in zip(of_two.parameters.parameters(), single.parameters.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
 # --- optimisers ------------------------------------------------------------------------------------------------------
 
 
@@ -347,7 +358,11 @@ def test_methods_without_their_gradients_are_refused(method, verdict, model, tmp
     assert not (tmp_path / "scheduler_config.json").exists()
 
 
-def test_search_over_limits_the_polish_too(model, tmp_path):
+def test_search_over_limits_the_polish_too(model, tmp_path, monkeypatch):
+    seen = []
+    plain = run_module.polish
+    monkeypatch.setattr(run_module, "polish", lambda *args: seen.append(args[4]) or plain(*args))
     search(model, tmp_path, GRADIENT, search_over=["coefficients"])
+    assert seen == [["coefficients"]]
     table = json.loads((tmp_path / "scheduler_config.json").read_text())["solvers"]["3"]
     assert "timesteps" not in table
