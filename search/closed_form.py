@@ -1,15 +1,17 @@
 """Closed-form search, forward evaluations only.
 
 Inside: for given nodes, row i is the ridge least-squares solution that brings the student's state closest to the
-reference's state at node i+1, solved in the very step where its history and that state meet. Outside: step sizes are
-softmax(a u + b u^2 + c u^3), u from -1 to 1 over the steps; the three numbers by Nelder-Mead, from uniform.
-A smooth warp finds the shape that free node logits miss (they have many local minima).
+reference's state at node i+1, solved in the very step where its history and that state meet; batch after batch goes up
+to that step, the network calls before it replayed, so that no more than one batch is ever run at a time. Outside: step
+sizes are softmax(a u + b u^2 + c u^3), u from -1 to 1 over the steps; the three numbers by Nelder-Mead, from uniform. A
+smooth warp finds the shape that free node logits miss (they have many local minima).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from diffusers_dssolver.solver import SolverSpec
 
 from .parameters import nodes_from_logits
 from .probe import ProbeScheduler, run
+from .replay import Replay
 from .sampling import Sampler
 from .teacher import Reference
 
@@ -46,26 +49,32 @@ def warped_nodes(warp: Sequence[float], nfe: int) -> Tensor:
     return nodes_from_logits(torch.tensor(warp, dtype=torch.float64) @ powers)
 
 
-@dataclass
 class RowFit:
     """Ridge least squares for one row: min over delta of |left - columns^T delta|^2 + ridge * s * |delta|^2, where s is
-    the mean squared length of the columns, so that `ridge` has no unit.
+    the mean squared length of the columns, so that `ridge` has no unit. Batches add up; so do processes.
 
     Args:
         ridge: strength of the pull towards the classical row.
-        reduce: sums a tensor over processes, so that every process solves the same system.
     """
 
-    ridge: float
-    reduce: Reduce
+    def __init__(self, ridge: float) -> None:
+        self.ridge = ridge
+        self.row: list[float] = []
+        self.system = torch.zeros(())
 
-    def __call__(self, index: int, left: Tensor, columns: Tensor) -> Tensor:
-        """left (M,), columns (i, M) -> delta (i,) float64."""
+    def __call__(self, row: Sequence[float], left: Tensor, columns: Tensor) -> None:
+        """Of one batch: the classical row, left (M,), columns (i, M)."""
         columns, left = columns.double(), left.double()
-        system = self.reduce(torch.cat([columns @ columns.T, (columns @ left)[:, None]], dim=1)).cpu()
+        self.row = list(row)
+        self.system = self.system + torch.cat([columns @ columns.T, (columns @ left)[:, None]], dim=1).cpu()
+
+    def solve(self, reduce: Reduce) -> list[float]:
+        """row + (delta_0, .., delta_{i-1}, -sum of delta), the same in every process."""
+        system = reduce(self.system)
         gram, right = system[:, :-1], system[:, -1]
         gram = gram + self.ridge * gram.diagonal().mean().clamp(min=1e-30) * torch.eye(len(gram), dtype=gram.dtype)
-        return torch.linalg.solve(gram, right)
+        delta = torch.linalg.solve(gram, right).tolist()
+        return [w + d for w, d in zip(self.row, [*delta, -sum(delta)], strict=True)]
 
 
 @dataclass(frozen=True)
@@ -99,6 +108,7 @@ class ClosedForm:
         num_trial_samples: so many of this process's training samples serve to compare warps.
         reduce: sum over processes.
         on_trial: called after every fit with its candidate.
+        batch_size: samples that run together.
     """
 
     sampler: Sampler
@@ -108,19 +118,77 @@ class ClosedForm:
     num_trial_samples: int
     reduce: Reduce
     on_trial: Callable[[Candidate], None] = field(default=lambda candidate: None)
+    batch_size: int = 64
+    _starts: dict[Any, Replay] = field(default_factory=dict, init=False, repr=False)
+
+    def batches(self, samples: Samples) -> Iterator[Samples]:
+        """Samples that run together, with their references."""
+        indices, reference = samples
+        for first in range(0, len(indices), self.batch_size):
+            part = slice(first, first + self.batch_size)
+            yield indices[part], replace(reference, states=reference.states[:, part])
+
+    def start(self, split: str, indices: Sequence[int], nfe: int, offsets: Tensor | None = None) -> Replay:
+        """The first network calls of these samples, the same for every solver of so many steps that feeds the network
+        the first node itself; nothing if these offsets make it another."""
+        if offsets is not None and offsets[0] != 0:
+            return Replay(frozen=True)
+        if any(key[2] != nfe for key in self._starts):
+            self._starts.clear()
+        key = (split, tuple(indices), nfe)
+        if key not in self._starts:
+            made = Replay()
+            self.probe.prepare(warped_nodes(IDENTITY, nfe), until=0)
+            run(self.sampler, self.probe, indices, split, nfe, made)
+            self._starts[key] = Replay(made, frozen=True)
+        return self._starts[key]
 
     def fit(self, nfe: int, warp: Sequence[float], ridge: float, samples: Samples | None = None) -> Candidate:
-        """Closed-form rows on warped nodes, fitted to these training samples (all); nfe evaluations a sample."""
-        indices, reference = samples or self.train
+        """Closed-form rows on warped nodes, fitted to these training samples (all); nfe evaluations a sample, one less
+        once the first is known."""
         raw = warped_nodes(warp, nfe)
+        batches = list(self.batches(samples or self.train))
+        replays = [Replay(self.start("train", indices, nfe)) for indices, _ in batches]
         angles = self.probe.angle(self.probe.final_nodes(raw))
-        targets = [reference.at(angle) for angle in angles]
-        self.probe.prepare(raw, targets=targets, row_solver=RowFit(ridge, self.reduce))
-        states = run(self.sampler, self.probe, indices, "train", nfe)
+        rows: list[list[float]] = [[1.0]]
+        for i in range(1, nfe):
+            row = RowFit(ridge)
+            for (indices, reference), replay in zip(batches, replays, strict=True):
+                self.probe.prepare(raw, rows, until=i, watch=(reference.at(angles[i + 1]), row))
+                run(self.sampler, self.probe, indices, "train", nfe, replay, unchanged=i)
+            rows.append(row.solve(self.reduce))
+        errors = [
+            self.batch_errors("train", batch, raw, rows, replay=replay, unchanged=nfe)
+            for batch, replay in zip(batches, replays, strict=True)
+        ]
         a, b, c = map(float, warp)
-        candidate = Candidate((a, b, c), ridge, raw, self.probe.spec(), self._mse(states[-1], reference))
+        candidate = Candidate((a, b, c), ridge, raw, self.probe.spec(), self.mean_square(torch.cat(errors)))
         self.on_trial(candidate)
         return candidate
+
+    def batch_errors(
+        self,
+        split: str,
+        batch: Samples,
+        raw: Tensor,
+        rows: Sequence[Sequence[float]] | None,
+        *,
+        order: int = 2,
+        offsets: Tensor | None = None,
+        replay: Replay | None = None,
+        unchanged: int = 0,
+    ) -> Tensor:
+        """Final states minus the reference's, (B, ...): given rows, or classical ones of this order; `replay` and
+        `unchanged` as in `probe.run`."""
+        self.probe.prepare(raw, rows, order=order, offsets=offsets)
+        return self._prepared_errors(split, batch, len(raw) - 1, replay, unchanged)
+
+    def _prepared_errors(
+        self, split: str, batch: Samples, nfe: int, replay: Replay | None = None, unchanged: int = 0
+    ) -> Tensor:
+        indices, reference = batch
+        final = run(self.sampler, self.probe, indices, split, nfe, replay, unchanged)[-1]
+        return final[: len(indices)] - reference.final.to(final)
 
     def errors(
         self,
@@ -131,20 +199,23 @@ class ClosedForm:
         order: int = 2,
         offsets: Tensor | None = None,
     ) -> Tensor:
-        """Final states minus the reference's, (B, ...), of this process's samples of a split: given rows, or classical
-        ones of this order."""
-        self.probe.prepare(raw, rows, order=order, offsets=offsets)
-        return self._prepared_errors(split, len(raw) - 1)
-
-    def _prepared_errors(self, split: str, nfe: int) -> Tensor:
-        indices, reference = self.train if split == "train" else self.validation
-        final = run(self.sampler, self.probe, indices, split, nfe)[-1]
-        return final[: len(indices)] - reference.final.to(final)
+        """The same of all of this process's samples of a split."""
+        samples = self.train if split == "train" else self.validation
+        parts = []
+        for batch in self.batches(samples):
+            replay = self.start(split, batch[0], len(raw) - 1, offsets)
+            parts.append(
+                self.batch_errors(split, batch, raw, rows, order=order, offsets=offsets, replay=replay, unchanged=1)
+            )
+        return torch.cat(parts)
 
     def score_spec(self, spec: SolverSpec) -> float:
         """Final-state mse of a whole solver on the validation samples."""
-        self.probe.prepare_spec(spec)
-        return self.mean_square(self._prepared_errors("validation", spec.nfe))
+        parts = []
+        for batch in self.batches(self.validation):
+            self.probe.prepare_spec(spec)
+            parts.append(self._prepared_errors("validation", batch, spec.nfe))
+        return self.mean_square(torch.cat(parts))
 
     def score(self, raw: Tensor, rows: Sequence[Sequence[float]] | None, order: int = 2) -> float:
         """Final-state mse on the validation samples."""
@@ -181,7 +252,3 @@ class ClosedForm:
         count = torch.tensor(errors.numel(), dtype=torch.float64, device=errors.device)
         total = self.reduce(torch.stack([errors.double().square().sum(), count]))
         return float(total[0] / total[1])
-
-    def _mse(self, final: Tensor, reference: Reference) -> float:
-        wanted = reference.final.to(final)
-        return self.mean_square(final[: len(wanted)] - wanted)

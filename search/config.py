@@ -50,7 +50,7 @@ class ModelConfig:
     revision: str | None = option("revision of the model", default=None)
     dtype: str = option("float32, float64, bfloat16 or float16", default="float32")
     seed: int = option("of all noise", default=0)
-    batch_size: int = option("samples per pipeline call and process where they need not run together", default=64)
+    batch_size: int = option("samples per pipeline call and process", default=64)
 
     def __post_init__(self) -> None:
         for name in ("pretrained_model_name_or_path", "output_dir"):
@@ -82,19 +82,21 @@ class SearchConfig(ModelConfig):
     num_validation_samples: int = option("held-out samples that choose between candidates", default=32)
     teacher_steps: int = option("steps of the reference", default=200)
     teacher_order: int = option("order of the reference, 1 to 3", default=3)
-    trials: int = option("closed_form: warps tried per NFE", default=60)
-    polish: int = option("closed_form: Gauss-Newton iterations after it, forward evaluations too", default=1)
+    trials: int = option("closed_form: warps tried per NFE", default=40)
+    polish: int = option("closed_form: Gauss-Newton iterations after it, forward evaluations too", default=2)
+    polish_nfe: int = option("largest NFE that is polished; the cost grows with the cube of it", default=20)
     search_over: list[str] = option(
         f"what polish and gradient move: {', '.join(GROUPS)} (times: what the network is fed)",
         default_factory=lambda: list(GROUPS),
     )
-    gradient_calls: int = option("gradient: evaluations of loss and gradient on all training samples", default=30)
+    gradient_calls: int = option("gradient: evaluations of loss and gradient on all training samples", default=20)
     optimizer: str = option(f"gradient: {', '.join(OPTIMIZERS)}", default="lbfgs")
     objective: str = option(f"gradient: {', '.join(OBJECTIVES)}", default="terminal")
     ridge: float = option("closed_form: pull of each row towards the classical one", default=1e-4)
     fill_nfe: list[int] = option(
         "closed_form: other step counts that get a table, first and last", default_factory=lambda: [3, 20]
     )
+    fill_polish_nfe: int = option("largest of these that is polished", default=8)
     num_generated_samples: int = option("paper: samples generated during the search", default=50_000)
     train_batch_size: int = option("paper: samples per update, over all processes", default=32)
     learning_rate: float = option("paper: of Lion, constant; gradient: of adam and lion, falling", default=1e-2)
@@ -115,7 +117,8 @@ class SearchConfig(ModelConfig):
         _require(self, "objective", self.objective in OBJECTIVES, " or ".join(OBJECTIVES))
         groups = bool(self.search_over) and set(self.search_over) <= set(GROUPS)
         _require(self, "search_over", groups, f"some of {', '.join(GROUPS)}")
-        _require(self, "polish", self.polish >= 0, "0 or more")
+        for name in ("polish", "polish_nfe", "fill_polish_nfe"):
+            _require(self, name, getattr(self, name) >= 0, "0 or more")
         _require(self, "ridge", self.ridge > 0, "above 0")
         _require(self, "learning_rate", self.learning_rate > 0, "above 0")
         _require(

@@ -11,7 +11,7 @@ arXiv 1412.6980 (Adam); Chen et al., arXiv 2302.06675 (Lion).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -43,7 +43,6 @@ class Descent:
         candidate: a validated one.
         parameters: around it.
         loss: of a batch, a mean over its samples.
-        batch_size: samples that run together; gradients of all batches are summed before any step.
         on_call: called with (training loss, best held-out error) after each evaluation of loss and gradient.
     """
 
@@ -53,11 +52,10 @@ class Descent:
         candidate: Candidate,
         parameters: CorrectionParameters,
         loss: Loss,
-        batch_size: int,
         on_call: Callable[[float, float], object] = lambda loss, best: None,
     ) -> None:
         self.form, self.best, self.parameters = form, candidate, parameters
-        self.loss, self.batch_size, self.on_call = loss, batch_size, on_call
+        self.loss, self.on_call = loss, on_call
         self.since_best = 0
         indices, _ = form.train
         self.samples = float(form.reduce(torch.tensor(float(len(indices)), dtype=torch.float64)))
@@ -77,12 +75,9 @@ class Descent:
         """The loss over every process's samples; its gradient is put into the parameters, the same in each."""
         for p in self.parameters.parameters():
             p.grad = None
-        indices, reference = self.form.train
         total = torch.zeros((), dtype=torch.float64)
-        for start in range(0, len(indices), self.batch_size):
-            batch = indices[start : start + self.batch_size]
-            states = reference.states[:, start : start + len(batch)]
-            loss = self._batch_loss(batch, Reference(reference.angles, states)) * len(batch) / self.samples
+        for batch in self.form.batches(self.form.train):
+            loss = self._batch_loss(*batch) * len(batch[0]) / self.samples
             loss.backward()
             total += loss.detach().double().cpu()
         grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters.parameters()]
@@ -93,16 +88,16 @@ class Descent:
             at += p.numel()
         return float(summed[-1])
 
-    def _batch_loss(self, batch: range, reference: Reference) -> Tensor:
+    def _batch_loss(self, indices: Sequence[int], reference: Reference) -> Tensor:
         form, raw = self.form, self.parameters.nodes()
         form.probe.prepare(raw, self.parameters.rows(), offsets=self.parameters.offsets())
         before = form.sampler.network_evaluations
-        states = run(form.sampler, form.probe, batch, "train", self.parameters.nfe)
+        states = run(form.sampler, form.probe, indices, "train", self.parameters.nfe)
         backward = 3 if form.probe.checkpointed else 2  # it counts two, and one more if it computes all again
         form.sampler.network_evaluations += backward * (form.sampler.network_evaluations - before)
         angles = form.probe.angle(form.probe.final_nodes(raw))
         wanted = [reference.at(angle).to(states[0].device) for angle in angles]
-        return self.loss([s[: len(batch)] for s in states], wanted)
+        return self.loss([s[: len(indices)] for s in states], wanted)
 
     def judge(self, loss: float) -> None:
         """Keep the solver of the parameters as they are if it is the best on held-out samples."""

@@ -124,6 +124,17 @@ class CorrectionParameters(nn.Module):
         """Numbers that are searched."""
         return sum(p.numel() for p in self.parameters())
 
+    @property
+    def unchanged(self) -> list[int]:
+        """By number, in the order of `parameters()`: how many first network calls do not depend on it. Step sizes move
+        all nodes but the first, a correction of row i what comes after step i, a time its own call."""
+        counts = {
+            "nodes": [1] * (self.nfe - 1),
+            "coefficients": [i + 1 for i in range(self.nfe) for _ in range(i)],
+            "times": list(range(self.nfe)),
+        }
+        return [n for name, _ in self.named_parameters() for n in counts[name.removeprefix("free_")]]
+
     def _classical(self, raw: Tensor) -> list[Tensor]:
         one = torch.ones(1, dtype=torch.float64)
         rows = [one]

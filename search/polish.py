@@ -2,8 +2,9 @@
 
 Closed-form rows look one node ahead; here every number of the solver (step sizes, coefficients, and what the network
 is fed in place of each node) moves at once towards the smallest *final* error. The numbers are few and the residuals
-many, so the Jacobian is taken by forward differences through the pipeline's own call, and the damping of the step is
-the one that is best on held-out samples. No back-propagation: no memory wall, any dtype of weights.
+many, so the Jacobian is taken by forward differences through the pipeline's own call, batch by batch; network calls
+that a number does not reach are replayed, which leaves less than half of them. The damping of the step is the one that
+is best on held-out samples. No back-propagation: no memory wall, any dtype of weights.
 
 Source: Levenberg 1944, Marquardt 1963 (damped Gauss-Newton); the decoupled network time of LD3, arXiv 2405.15506.
 """
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils import vector_to_parameters
 
-from .closed_form import Candidate, ClosedForm, comparable
+from .closed_form import Candidate, ClosedForm, Samples, comparable
 from .parameters import GROUPS, CorrectionParameters
+from .replay import Replay
 
 DIFFERENCE = 3e-3  # of a logit or a weight; final states are float32, so that smaller ones drown
 DAMPINGS = (1e-3, 1e-2, 1e-1)
@@ -49,19 +51,32 @@ class Polish:
 
     def step(self, parameters: Tensor, on_call: Callable[[], object]) -> list[Tensor]:
         """The damped Gauss-Newton steps from here, one per damping."""
-        here = self.errors("train", parameters).flatten()
-        precision, here = torch.promote_types(here.dtype, torch.float32), here.double()
-        columns = []
-        for k in range(self.count):
-            moved = parameters.clone()
-            moved[k] += DIFFERENCE
-            columns.append(((self.errors("train", moved).flatten().double() - here) / DIFFERENCE).to(precision))
-            on_call()
-        jacobian = torch.stack(columns)
-        gram = self.form.reduce((jacobian @ jacobian.T).double()).cpu()
-        right = self.form.reduce((jacobian @ here.to(precision)).double()).cpu()
+        unchanged = self.numbers.unchanged
+        gram = torch.zeros(self.count, self.count, dtype=torch.float64)
+        right = torch.zeros(self.count, dtype=torch.float64)
+        for batch in self.form.batches(self.form.train):
+            replay = Replay(self.form.start("train", batch[0], self.numbers.nfe, self.solver(parameters)[2]))
+            here = self._batch_errors(batch, parameters, replay, unchanged=1)
+            precision, here = torch.promote_types(here.dtype, torch.float32), here.double()
+            columns = []
+            for k in range(self.count):
+                moved = parameters.clone()
+                moved[k] += DIFFERENCE
+                there = self._batch_errors(batch, moved, replay, unchanged[k])
+                columns.append(((there.double() - here) / DIFFERENCE).to(precision))
+                on_call()
+            jacobian = torch.stack(columns)
+            gram += (jacobian @ jacobian.T).double().cpu()
+            right += (jacobian @ here.to(precision)).double().cpu()
+        gram, right = self.form.reduce(gram), self.form.reduce(right)
         scale = gram.diagonal().clamp(min=1e-9 * float(gram.diagonal().max()))
         return [parameters - torch.linalg.solve(gram + mu * torch.diag(scale), right) for mu in DAMPINGS]
+
+    def _batch_errors(self, batch: Samples, parameters: Tensor, replay: Replay, unchanged: int = 0) -> Tensor:
+        raw, rows, offsets = self.solver(parameters)
+        form = self.form
+        errors = form.batch_errors("train", batch, raw, rows, offsets=offsets, replay=replay, unchanged=unchanged)
+        return errors.flatten()
 
 
 def polish(

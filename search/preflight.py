@@ -9,8 +9,7 @@ of a pipeline that takes its time out of the graph. No list of pipelines: whatev
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch.utils import _pytree as pytree
 from .config import GROUPS
 from .parameters import nodes_from_logits
 from .probe import ProbeScheduler, run
+from .replay import uncounted
 from .sampling import Sampler, one_line
 
 VERDICTS = ("full", "coefficients", "forward_only")
@@ -113,7 +113,7 @@ def preflight(
     """
     if nfe < 2 or samples < 1:
         raise ValueError(f"nfe is {nfe} and samples {samples}; 2 and 1 are the least")
-    with _uncounted(sampler):
+    with uncounted(sampler):
         trial = _Trial(sampler, probe, nfe, samples)
         found = trial.forwards()
         if not gradients:
@@ -299,17 +299,6 @@ def _guidance(calls: float, evaluations: float) -> str:
     if round(calls) > 1:
         return "two calls" if round(calls) == 2 else f"{calls:g} calls"
     return "one call" if evaluations > 1 else "none"
-
-
-@contextmanager
-def _uncounted(sampler: Sampler) -> Iterator[None]:
-    """The sampler counting from 0, and put back afterwards."""
-    before = sampler.network_evaluations, sampler.network_calls
-    sampler.network_evaluations = sampler.network_calls = 0
-    try:
-        yield
-    finally:
-        sampler.network_evaluations, sampler.network_calls = before
 
 
 def _human(size: float) -> str:

@@ -1,6 +1,6 @@
 """The scheduler of the search: run inside a pipeline's ordinary call it *is* the differentiable sampler of that
-pipeline. It records every state, takes nodes and coefficients that may be live tensors, can solve for each row where
-the history and the reference's next state meet, and leaves the call after the last step, before anything is decoded.
+pipeline. It records every state, takes nodes and coefficients that may be live tensors, can show what a step has to
+work with and end there, and leaves the call after the last step, before anything is decoded.
 
 Gradients: `set_timesteps` switches them on (the pipeline's own no_grad puts the mode back when its call ends) and
 `step` clones what pipelines may write into. While such a run lasts, the forward of every network that takes a time is
@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -27,12 +27,13 @@ from diffusers_dssolver.paths import FlowPath
 from diffusers_dssolver.solver import SolverSpec
 from diffusers_dssolver.step import Scalar, step
 
+from .replay import Replay, patched
 from .sampling import Sampler
 
 Rows = Sequence[Sequence[Scalar]]
 TIME_NAMES = ("timestep", "timesteps", "timestep_ratio", "t", "sigma", "sigmas")  # of a network's time argument
-# (index, offset, columns) -> corrections: fits offset (M,) by columns (i, M); see `closed_form.RowFit`
-RowSolver = Callable[[int, Tensor, Tensor], Tensor]
+# (row of step i, what it leaves of the target (M,), columns (i, M)): what its corrections are fitted to
+Watcher = Callable[[list[Scalar], Tensor, Tensor], object]
 
 
 class RunFinished(Exception):
@@ -52,6 +53,7 @@ class ProbeScheduler(DSSolverScheduler):
     """
 
     checkpointed = True
+    states: Sequence[Tensor] = ()
     _twin = False
 
     def prepare(
@@ -61,27 +63,30 @@ class ProbeScheduler(DSSolverScheduler):
         *,
         order: int = 2,
         offsets: Tensor | None = None,
-        targets: Sequence[Tensor] | None = None,
-        row_solver: RowSolver | None = None,
+        until: int | None = None,
+        watch: tuple[Tensor, Watcher] | None = None,
     ) -> None:
         """What the next run shall do.
 
         Args:
             nodes: (N+1,) float64 in [0, 1] before any resolution shift, falling to 0.
-            rows: N rows of weights, floats or 0-dim tensors; None: classical rows of this order for these nodes.
+            rows: N rows of weights, floats or 0-dim tensors; those that are missing at the end, all of them if None:
+                classical rows of this order for these nodes.
             offsets: (N,), what the network is fed in place of each node, minus that node (after the shift); None: 0.
                 Gradients flow to nodes, rows and offsets, to each that requires them.
-            targets: N+1 reference states to fit rows to, for `row_solver`.
-            row_solver: given, every row but the first is classical + the corrections that it returns.
+            until: the run ends in the step of this index, before it is taken.
+            watch: (target, watcher): there, the watcher is shown that step's row, target (B, ...) minus the state that
+                this row makes, and the change of that state per unit of weight moved from the newest output to each
+                earlier one.
         """
         self._plan = (nodes, rows, order, offsets)
-        self._targets, self._row_solver = targets, row_solver
+        self._until, self._watch = until, watch
         numbers = (nodes, offsets, *(w for row in rows or () for w in row))
         self._live = torch.is_grad_enabled() and any(isinstance(n, Tensor) and n.requires_grad for n in numbers)
 
     def prepare_spec(self, spec: SolverSpec) -> None:
         """The next run is this solver's, as it would be published."""
-        self._plan, self._targets, self._row_solver, self._live = spec, None, None, False
+        self._plan, self._until, self._watch, self._live = spec, None, None, False
 
     def final_nodes(self, nodes: Tensor) -> Tensor:
         """Nodes after the path's first node and the model's resolution shift, as they are integrated and published."""
@@ -138,11 +143,12 @@ class ProbeScheduler(DSSolverScheduler):
         if self._live:
             torch.set_grad_enabled(True)
         self.nodes = nodes = self.final_nodes(raw)
-        if rows is None:
-            rows = classical(nodes.detach().tolist(), self._path, order).coefficients
+        rows = list(rows or ())
+        if len(rows) < steps:
+            rows += classical(nodes.detach().tolist(), self._path, order).coefficients[len(rows) :]
         fed = nodes[:-1] if offsets is None else (nodes[:-1] + offsets).clamp(0, 1)
         self._install_tensors(nodes, self._path.timestep(fed), rows, device)
-        self._needed = [i + 1 for i in range(len(raw) - 1)] if self._row_solver else self._needed
+        self._needed = [i + 1 for i in range(len(raw) - 1)] if self._watch else self._needed
         self._fed = None if offsets is None else self._path.timestep(fed).tolist()
 
     @functools.wraps(DSSolverScheduler.step)
@@ -185,16 +191,8 @@ class ProbeScheduler(DSSolverScheduler):
     def around(self, networks: Iterable[nn.Module]) -> Iterator[None]:
         """In a run with gradients: these networks' forwards checkpointed, their times attached to the nodes."""
         wrapped = list(networks) if self._live else []
-        before = [vars(module).get("forward") for module in wrapped]
-        for module in wrapped:
-            module.forward = self._live_forward(module.forward)
-        try:
+        with patched(wrapped, [self._live_forward(module.forward) for module in wrapped]):
             yield
-        finally:
-            for module, forward in zip(wrapped, before, strict=True):
-                del module.forward
-                if forward is not None:
-                    module.forward = forward
 
     def _live_forward(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         names = list(inspect.signature(forward).parameters)
@@ -241,20 +239,25 @@ class ProbeScheduler(DSSolverScheduler):
 
     def _row(self, index: int, x: Tensor) -> Sequence[Scalar]:
         row = super()._row(index, x)
-        if self._row_solver is not None and self._targets is not None and index > 0:
-            row = self._solved_row([*[0.0] * (index + 1 - len(row)), *row], index, x)
+        if index == self._until and not self._twin:
+            if self._watch:
+                self._show(index, x, [*[0.0] * (index + 1 - len(row)), *row], *self._watch)
+            raise RunFinished
         self.rows.append(row)
         return row
 
-    def _solved_row(self, prior: list[Scalar], index: int, x: Tensor) -> list[Scalar]:
-        """prior + (delta_0, .., delta_{i-1}, -sum delta), delta fitted to what the prior leaves of the reference."""
-        target = self._targets[index + 1].to(x)
+    def _show(self, index: int, x: Tensor, row: list[Scalar], target: Tensor, watcher: Watcher) -> None:
+        target = target.to(x)
         target = target.repeat(x.shape[0] // target.shape[0], *[1] * (x.ndim - 1))  # guidance may double the batch
+        left = target - step(x, self._history, row, self._a[index], self._b[index])
         newest = self._history[-1]
-        left = target - step(x, self._history, prior, self._a[index], self._b[index])
         columns = torch.stack([(self._b[index] * (d - newest)).flatten() for d in self._history[:-1]])
-        delta = self._row_solver(index, left.flatten(), columns).tolist()
-        return [p + d for p, d in zip(prior, [*delta, -sum(delta)], strict=True)]
+        watcher(row, left.flatten(), columns)
+
+    @property
+    def steps_taken(self) -> int:
+        """In the run that goes on."""
+        return max(len(self.states) - 1, 0)
 
     def spec(self) -> SolverSpec:
         """The solver that the last run used."""
@@ -264,14 +267,27 @@ class ProbeScheduler(DSSolverScheduler):
         return SolverSpec(self.nodes.detach().tolist()[: n + 1], full, self._fed)
 
 
-def run(sampler: Sampler, probe: ProbeScheduler, indices: Sequence[int], split: str, nfe: int) -> list[Tensor]:
-    """One prepared run: the N+1 states.
+def run(
+    sampler: Sampler,
+    probe: ProbeScheduler,
+    indices: Sequence[int],
+    split: str,
+    nfe: int,
+    replay: Replay | None = None,
+    unchanged: int = 0,
+) -> list[Tensor]:
+    """One prepared run: the states of the samples, N+1 of them unless a watcher ended it.
+
+    Args:
+        replay: outputs of these samples' network calls, of a run without gradients.
+        unchanged: so many first steps of this run give the networks what the steps kept there gave them.
 
     Raises:
         ValueError: if the pipeline does not take the steps asked for, or takes them with another scheduler.
     """
     name = type(sampler.pipe).__name__
-    with sampler.using(probe), probe.around(sampler.timed.values()):
+    again = replay.around(sampler, probe, unchanged) if replay else nullcontext()
+    with sampler.using(probe), probe.around(sampler.timed.values()), again:
         try:
             sampler(indices, split, nfe)
         except RunFinished:
@@ -279,8 +295,7 @@ def run(sampler: Sampler, probe: ProbeScheduler, indices: Sequence[int], split: 
         if sampler.pipe.scheduler is not probe:
             other = type(sampler.pipe.scheduler).__name__
             raise ValueError(f"{name} puts a {other} of its own in the scheduler's place, so no solver can reach it")
-    taken = max(len(probe.states) - 1, 0)
     raise ValueError(
-        f"{name} ended its loop without taking all {nfe} steps, but {taken}; leave out what takes a part of them, or "
-        "give strength=1 to a pipeline that starts from a picture"
+        f"{name} ended its loop without taking all {nfe} steps, but {probe.steps_taken}; leave out what takes a part "
+        "of them, or give strength=1 to a pipeline that starts from a picture"
     )

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from diffusers_dssolver import DSSolverScheduler
 from diffusers_dssolver.solver import SolverSpec
 
-from .closed_form import FINAL_FITS, IDENTITY, Candidate, ClosedForm, Samples, warped_nodes
+from .closed_form import FINAL_FITS, IDENTITY, Candidate, ClosedForm, Samples, comparable, warped_nodes
 from .config import SearchConfig
 from .fit import fit
 from .gradient import Descent
@@ -34,6 +34,7 @@ from .parameters import PaperParameters
 from .polish import Polish, around, polish
 from .preflight import preflight
 from .probe import ProbeScheduler, run
+from .replay import uncounted
 from .sampling import Sampler, load_pipeline, prompts_of
 from .state import (
     Damaged,
@@ -52,6 +53,10 @@ from .teacher import Reference, reference
 SOLVER_KEYS = ("nodes", "timesteps", "coefficients")
 # of a solver that the pipeline already had
 OWN_KEYS = ("solvers", "provenance", "strict", "history_length", "searched_shift", "interpolate_corrections")
+# of each solver, in the provenance
+RECORDED = (
+    "kind", "source", "validation_mse", "classical_mse", "rejected", "warp", "ridge", "parameters", "stages"
+)  # fmt: skip
 DERIVED = ("validation_mse_classical", "validation_mse_corrections")
 SCHEDULER, METRICS = "scheduler_config.json", "metrics.jsonl"
 STATE, PREVIOUS, JOURNAL = "search_state.json", "search_state.previous.json", "trials.jsonl"
@@ -82,12 +87,19 @@ class ResumableForm(ClosedForm):
             spec = SolverSpec.from_dict(known["spec"])
             found = Candidate((a, b, c), ridge, warped_nodes(warp, nfe), spec, known["train_mse"])
             self.on_known(found, known["network_evaluations"])
+            self.start_again("train", samples or self.train, nfe)
             return found
         before = self.count()
         found = super().fit(nfe, warp, ridge, samples)
         result = {"spec": found.spec.to_dict(), "train_mse": found.train_mse}
         self.journal.add(task, {**result, "network_evaluations": self.count() - before})
         return found
+
+    def start_again(self, split: str, samples: Samples, nfe: int) -> None:
+        """First calls that an earlier, killed run made and counted."""
+        with uncounted(self.sampler):
+            for indices, _ in self.batches(samples):
+                self.start(split, indices, nfe)
 
 
 class Search:
@@ -145,6 +157,7 @@ class Search:
     def _run(self) -> None:
         if not all(self._has(nfe) for nfe in self.config.nfe):
             self._preflight()
+        config = self.config
         references = {name: self._reference(name, range(count)) for name, count in self.splits.items()}
         form = ResumableForm(
             self.sampler,
@@ -154,9 +167,9 @@ class Search:
             len(self._share(range(self.config.num_trial_samples))),
             self._reduce,
             self._log_trial,
+            config.batch_size,
             journal=self.journal,
             count=self._evaluations,
-            on_known=lambda candidate, evaluations: self._found_done(evaluations),
         )
         for nfe in sorted(set(self.config.nfe)):
             if not self._has(nfe):
@@ -195,15 +208,7 @@ class Search:
     def _closed_form(self, form: ResumableForm, nfe: int) -> dict[str, Any]:
         config, quiet = self.config, not self.accelerator.is_main_process
         stages: list[dict[str, Any]] = []
-        spent = self._evaluations()
-
-        def ended(stage: str, found: Candidate) -> None:
-            nonlocal spent
-            before, spent = spent, self._evaluations()
-            reached = {"stage": stage, "validation_mse": found.validation_mse}
-            stages.append({**reached, "network_evaluations": spent - before})
-            self._log({"nfe": nfe, **reached, "network_evaluations": spent})
-
+        began = self._evaluations()
         fits = self.config.trials + FINAL_FITS
         with tqdm(desc=f"closed form, {nfe} calls", unit="fit", total=fits, disable=quiet) as bar:
 
@@ -216,18 +221,29 @@ class Search:
                 bar.update()
                 self._found_done(evaluations)
 
-            watched = replace(form, on_trial=on_trial, on_known=on_known)
-            found = watched.search(nfe, self.config.trials, self.config.ridge)
-        ended("closed_form", found)
-        if config.polish:
-            differences = config.polish * Polish(form, found, config.search_over).count
+            form.on_trial, form.on_known = on_trial, on_known
+            found = form.search(nfe, self.config.trials, self.config.ridge)
+            form.on_trial = self._log_trial
+        stages.append(self._ended("closed_form", found, began))
+        if config.polish and nfe <= config.polish_nfe:
+            began = self._evaluations()
+            batches = len(list(form.batches(form.train)))
+            differences = config.polish * batches * Polish(form, found, config.search_over).count
             with tqdm(desc=f"polish, {nfe} calls", unit="difference", total=differences, disable=quiet) as bar:
                 found = polish(form, found, config.polish, bar.update, config.search_over)
-            ended("polish", found)
+            stages.append(self._ended("polish", found, began))
         if config.method == "gradient":
+            began = self._evaluations()
             found = self._descended(form, found)
-            ended("gradient", found)
+            stages.append(self._ended("gradient", found, began))
         return {**_entry(found), "stages": stages}
+
+    def _ended(self, stage: str, found: Candidate, began: int) -> dict[str, Any]:
+        """What a stage reached and cost."""
+        spent = self._evaluations()
+        reached = {"stage": stage, "validation_mse": found.validation_mse}
+        self._log({"nfe": found.spec.nfe, **reached, "network_evaluations": spent})
+        return {**reached, "network_evaluations": spent - began}
 
     def _descended(self, form: ClosedForm, found: Candidate) -> Candidate:
         """The candidate after `method gradient`'s own stage."""
@@ -243,16 +259,29 @@ class Search:
                 bar.update()
                 self._log({"nfe": nfe, "loss": loss, "best_validation_mse": best})
 
-            descent = Descent(form, found, parameters, OBJECTIVES[config.objective], config.batch_size, on_call)
+            descent = Descent(form, found, parameters, OBJECTIVES[config.objective], on_call)
             return descent.run(config.optimizer, config.gradient_calls, config.learning_rate)
 
     def _filled(self, form: ClosedForm, nfe: int) -> dict[str, Any]:
-        """Closed-form rows on warps interpolated between the searched ones: one pass."""
+        """The best on held-out samples of closed-form rows on a warp interpolated between the searched ones, polished
+        if few calls make that cheap, the derived solvers, and the classical ones."""
         known = {int(n): e for n, e in self.state["solvers"].items() if e["kind"] == "searched"}
         counts = sorted(known)
         warp = [float(np.interp(nfe, counts, [known[n]["warp"][k] for n in counts])) for k in range(3)]
         ridge = known[min(counts, key=lambda n: abs(n - nfe))]["ridge"]
-        return _entry(form.validated(form.fit(nfe, warp, ridge)))
+        found = form.validated(form.fit(nfe, warp, ridge))
+        if nfe <= self.config.fill_polish_nfe:
+            found = polish(form, found, self.config.polish, free=self.config.search_over)
+        searched = {n: SolverSpec.from_dict(_table(e)) for n, e in known.items()}
+        derived = [_measured(form, self.probe.derived(searched, nfe, learned)) for learned in (False, True)]
+        choices = {
+            "closed_form": _entry(found),
+            "derived": min(derived, key=_error),
+            "classical": _classical(form, nfe),
+        }
+        source = min(choices, key=lambda name: _error(choices[name]))
+        rejected = {name: entry["validation_mse"] for name, entry in choices.items() if name != source}
+        return {**choices[source], "source": source, "rejected": rejected}
 
     def _measure_derived(self, form: ClosedForm) -> None:
         """Whether step counts between two tables gain from what both learned beside their nodes, measured at a few."""
@@ -283,7 +312,7 @@ class Search:
         measured = self.state.get("derived", {}).values()
         return bool(measured) and math.prod(m[DERIVED[1]] / m[DERIVED[0]] for m in measured) < 1
 
-    def _paper(self, form: ClosedForm, nfe: int) -> dict[str, Any]:
+    def _paper(self, form: ResumableForm, nfe: int) -> dict[str, Any]:
         """Algorithm 1 and 2: gradients through the pipeline's call, fresh samples for every update."""
         config, began = self.config, self._evaluations()
         parameters = PaperParameters(nfe)
@@ -320,6 +349,10 @@ class Search:
         def log(record: dict[str, Any]) -> None:
             self._log({"nfe": nfe, **record, "network_evaluations": self._evaluations()})
 
+        def on_resume(evaluations: int) -> None:
+            self._found_done(evaluations)
+            form.start_again("validation", form.validation, nfe)
+
         best = fit(
             parameters,
             loss_of,
@@ -333,7 +366,7 @@ class Search:
             f"paper, {nfe} calls",
             self.state["key"],
             lambda: self._evaluations() - began,
-            self._found_done,
+            on_resume,
         )
         nodes = self.probe.final_nodes(parameters.nodes().detach())
         rows = [[w.item() for w in row] for row in parameters.rows()]
@@ -343,16 +376,13 @@ class Search:
 
     def _keep(self, form: ClosedForm, nfe: int, entry: dict[str, Any], kind: str, began: tuple[int, float]) -> None:
         """Add one solver to the state and write the whole result anew."""
-        uniform = warped_nodes(IDENTITY, nfe)
-        classical = min(form.score(uniform, None, order) for order in (1, 2, 3))
+        classical = entry.get("rejected", {}).get("classical") or _classical(form, nfe)["validation_mse"]
         entry |= {
             "kind": kind,
             "classical_mse": classical,
             "network_evaluations": self._evaluations() - began[0],
             "seconds": round(time.time() - began[1], 1),
         }
-        if kind == "filled" and not entry["validation_mse"] < classical:
-            entry["kind"] = "dropped"  # a derived solver serves this count
         self.state["solvers"][str(nfe)] = entry
         self.state["network_evaluations"] = self._evaluations()
         self._log(
@@ -386,8 +416,7 @@ class Search:
         write_record(self.folder / STATE, state)
 
     def _tables(self) -> dict[str, dict[str, Any]]:
-        kept = {n: e for n, e in self.state["solvers"].items() if e["kind"] != "dropped"}
-        return {n: {k: e[k] for k in SOLVER_KEYS if k in e} for n, e in kept.items()}
+        return {n: _table(e) for n, e in self.state["solvers"].items()}
 
     def provenance(self) -> dict[str, Any]:
         config = self.config
@@ -408,14 +437,7 @@ class Search:
             "seed": config.seed,
             "processes": self.accelerator.num_processes,
             "network_evaluations": self.state["network_evaluations"],
-            "results": {
-                n: {
-                    k: e[k]
-                    for k in ("kind", "validation_mse", "classical_mse", "warp", "ridge", "parameters", "stages")
-                    if k in e
-                }
-                for n, e in self.state["solvers"].items()
-            },
+            "results": {n: {k: e[k] for k in RECORDED if k in e} for n, e in self.state["solvers"].items()},
             "derived": self.state.get("derived", {}),
             "versions": {name: _version(name) for name in ("diffusers-dssolver", "diffusers", "torch")},
         }
@@ -425,17 +447,18 @@ class Search:
         """What was found, by step count: held-out final-state mse of the best classical solver and of ours."""
         lines = [
             "",
-            f"{'NFE':>4} {'kind':9} {'classical':>10} {'ours':>10} {'ratio':>6} {'evaluations':>12} {'seconds':>8}",
+            f"{'NFE':>4} {'kind':20} {'classical':>10} {'ours':>10} {'ratio':>6} {'evaluations':>12} {'seconds':>8}",
         ]
         for n, e in sorted(self.state["solvers"].items(), key=lambda item: int(item[0])):
             ratio = e["validation_mse"] / e["classical_mse"]
-            note = "  worse than classical" if ratio >= 1 else ""
+            note = "  worse than classical" if ratio > 1 else ""
+            kind = e["kind"] + (f", {e['source']}" if "source" in e else "")
             lines.append(
-                f"{n:>4} {e['kind']:9} {e['classical_mse']:10.3g} {e['validation_mse']:10.3g} {ratio:6.2f} "
+                f"{n:>4} {kind:20} {e['classical_mse']:10.3g} {e['validation_mse']:10.3g} {ratio:6.2f} "
                 f"{e['network_evaluations']:12,} {e['seconds']:8.1f}{note}"
             )
             lines += [
-                f"{'':4}   {s['stage']:22} {s['validation_mse']:10.3g} {'':6} {s['network_evaluations']:12,}"
+                f"{'':4}   {s['stage']:29} {s['validation_mse']:10.3g} {'':6} {s['network_evaluations']:12,}"
                 for s in e.get("stages", [])
             ]
         lines.append(
@@ -531,6 +554,28 @@ def _entry(found: Candidate) -> dict[str, Any]:
     """A fitted solver as it stands in the state."""
     how = {"warp": list(found.warp), "ridge": found.ridge, "validation_mse": found.validation_mse}
     return {**found.spec.to_dict(), **how}
+
+
+def _table(entry: dict[str, Any]) -> dict[str, Any]:
+    """The solver alone, as it is published."""
+    return {k: entry[k] for k in SOLVER_KEYS if k in entry}
+
+
+def _measured(form: ClosedForm, spec: SolverSpec) -> dict[str, Any]:
+    return {**spec.to_dict(), "validation_mse": form.score_spec(spec)}
+
+
+def _classical(form: ClosedForm, nfe: int) -> dict[str, Any]:
+    """The best classical solver on uniform nodes, of order 1 to 3."""
+    tried = []
+    for order in (1, 2, 3):
+        error = form.score(warped_nodes(IDENTITY, nfe), None, order)
+        tried.append({**form.probe.spec().to_dict(), "validation_mse": error})
+    return min(tried, key=_error)
+
+
+def _error(entry: dict[str, Any]) -> float:
+    return comparable(entry["validation_mse"])
 
 
 def _is_json(file: Path) -> bool:

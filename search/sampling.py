@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 from diffusers_dssolver import pipelines
 
 from .config import ModelConfig
+from .replay import Stored, restored, stored
 
 DENOISER_NAMES = ("transformer", "unet", "prior", "dit")
 SIDE_NAMES = ("controlnet", "adapter", "motion_adapter")  # networks that take a time and help another denoise
@@ -82,6 +83,7 @@ class Sampler:
         network_calls: calls of the denoiser so far.
         denoisers: the networks that are counted.
         timed: every network that takes a time: these, and such as a ControlNet.
+        not_made: of a denoiser that is being called, whether its output is at hand, so that the call does not count.
 
     Raises:
         ValueError: for arguments that the call does not take, or conditions that nothing says.
@@ -98,6 +100,7 @@ class Sampler:
         self.pipe, self.call, self.prompts, self.seed = pipe, dict(call or {}), list(prompts), seed
         self._given = conditions
         self.network_evaluations = self.network_calls = 0
+        self.not_made: Callable[[nn.Module], bool] = lambda module: False
         self.accepted = inspect.signature(pipe.__call__).parameters
         self.timed = _timed_networks(pipe)
         self.denoisers = [m for name, m in self.timed.items() if not name.startswith(SIDE_NAMES)]
@@ -123,8 +126,9 @@ class Sampler:
             raise ValueError(f"{name} takes neither class_labels nor prompt nor batch_size; give it conditions")
 
     def _count(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.network_calls += 1
-        self.network_evaluations += _batch_size(args, kwargs)
+        if not self.not_made(module):
+            self.network_calls += 1
+            self.network_evaluations += _batch_size(args, kwargs)
 
     def conditions(self, indices: Sequence[int]) -> dict[str, Any]:
         """The call arguments that belong to these samples."""
@@ -232,8 +236,8 @@ class PromptMemo:
                 self.pipe.encode_prompt = before
 
     def _keep(self, key: Any, result: Any) -> None:
-        kept = pytree.tree_map_only(Tensor, lambda t: _Stored(t.detach().to("cpu", copy=True), t.device), result)
-        size = sum(s.tensor.nbytes for s in pytree.tree_leaves(kept) if isinstance(s, _Stored))
+        kept = stored(result)
+        size = sum(s.tensor.nbytes for s in pytree.tree_leaves(kept) if isinstance(s, Stored))
         self._kept[key] = kept, size
         self.held += size
         while self.held > self.limit and len(self._kept) > 1:
@@ -241,14 +245,7 @@ class PromptMemo:
 
     def _copy(self, key: Any) -> Any:
         self._kept.move_to_end(key)
-        return pytree.tree_map_only(_Stored, lambda s: s.tensor.to(s.device, copy=True), self._kept[key][0])
-
-
-class _Stored:
-    """A tensor on the CPU and the device that it was made on."""
-
-    def __init__(self, tensor: Tensor, device: torch.device) -> None:
-        self.tensor, self.device = tensor, device
+        return restored(self._kept[key][0])
 
 
 def prompts_of(config: ModelConfig) -> list[str]:

@@ -122,13 +122,13 @@ def test_objectives_by_hand():
 @both
 @pytest.mark.parametrize(("objective", "batch_size"), list(zip(OBJECTIVES, [1, 3, 4, 3], strict=True)))
 def test_gradient_is_the_central_difference(family, objective, batch_size, double):
-    form = double
+    form = dataclasses.replace(double, batch_size=batch_size)
     found = form.fit(4, WARP, 1e-4)
     parameters = around(form, found)
     torch.manual_seed(0)
     start = 0.05 * torch.randn(parameters.count, dtype=torch.float64)
     vector_to_parameters(start, parameters.parameters())
-    descent = Descent(form, found, parameters, OBJECTIVES[objective], batch_size)
+    descent = Descent(form, found, parameters, OBJECTIVES[objective])
     value = descent.value()
     gradient = torch.cat([p.grad.flatten() for p in parameters.parameters()])
     indices, reference = form.train
@@ -160,20 +160,20 @@ def test_backward_passes_and_recomputation_are_counted(family, again, factor, mo
     monkeypatch.setattr(form.probe, "checkpointed", again)
     found = form.validated(form.fit(3, WARP, 1e-4))
     before = sampler.network_evaluations
-    Descent(form, found, around(form, found), terminal_loss, 4).value()
+    Descent(form, found, around(form, found), terminal_loss).value()
     assert sampler.network_evaluations - before == factor * (4 * 2 * 3)
 
 
 def test_gradients_of_two_processes_are_those_of_one():
     form, _ = searched("flow")
     found = form.fit(3, WARP, 1e-4)
-    whole = Descent(form, found, around(form, found), mixed_loss, 4)
+    whole = Descent(form, found, around(form, found), mixed_loss)
     total = whole.value()
     indices, reference = form.train
     summed, values = 0, 0.0
     for part in (slice(0, 3), slice(3, 4)):
         share = indices[part], dataclasses.replace(reference, states=reference.states[:, part])
-        half = Descent(dataclasses.replace(form, train=share), found, around(form, found), mixed_loss, 4)
+        half = Descent(dataclasses.replace(form, train=share), found, around(form, found), mixed_loss)
         half.samples = 4.0  # what the sum over both gives
         values += half.value()
         summed = summed + torch.cat([p.grad for p in half.parameters.parameters()])
@@ -185,8 +185,8 @@ def test_every_process_gets_the_sum_over_all():
     """Two processes with the same samples are one with each sample twice: the same mean."""
     form, _ = searched("flow")
     found = form.fit(3, WARP, 1e-4)
-    single = Descent(form, found, around(form, found), mixed_loss, 4)
-    of_two = Descent(dataclasses.replace(form, reduce=lambda t: 2 * t), found, around(form, found), mixed_loss, 4)
+    single = Descent(form, found, around(form, found), mixed_loss)
+    of_two = Descent(dataclasses.replace(form, reduce=lambda t: 2 * t), found, around(form, found), mixed_loss)
     assert of_two.value() == pytest.approx(single.value(), rel=1e-6)
     for p, q in zip(of_two.parameters.parameters(), single.parameters.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
@@ -201,7 +201,7 @@ def test_descent_lowers_the_held_out_error_and_keeps_its_best(family, optimizer)
     form, _ = searched(family)
     found = form.validated(form.fit(4, (0.0, 0.0, 0.0), 1e-4))
     seen = []
-    descent = Descent(form, found, around(form, found), terminal_loss, 4, lambda *both: seen.append(both))
+    descent = Descent(form, found, around(form, found), terminal_loss, lambda *both: seen.append(both))
     better = descent.run(optimizer, 12, 1e-2)
     assert 3 <= len(seen) <= 13
     assert better.validation_mse < 0.97 * found.validation_mse
@@ -222,7 +222,7 @@ class Parabola(torch.nn.Module):
 def on_parabola(monkeypatch, weights=(1.0, 10.0, 100.0)):
     form, _ = searched("flow")
     found = form.validated(form.fit(3, WARP, 1e-4))
-    descent = Descent(form, found, Parabola(), terminal_loss, 4)
+    descent = Descent(form, found, Parabola(), terminal_loss)
     trace = []
 
     def value():
@@ -269,7 +269,7 @@ def test_a_descent_that_does_not_help_ends_and_leaves_the_candidate(monkeypatch)
     form, _ = searched("flow")
     found = dataclasses.replace(form.fit(3, WARP, 1e-4), validation_mse=0.0)
     seen = []
-    descent = Descent(form, found, around(form, found), terminal_loss, 4, lambda *both: seen.append(both))
+    descent = Descent(form, found, around(form, found), terminal_loss, lambda *both: seen.append(both))
     assert descent.run("adam", 100, 1e-2) is found
     assert len(seen) == PATIENCE
     monkeypatch.setattr(descent, "value", lambda: float("nan"))
@@ -280,7 +280,7 @@ def test_a_descent_that_does_not_help_ends_and_leaves_the_candidate(monkeypatch)
 def test_a_step_that_crosses_nodes_is_not_kept():
     form, _ = searched("flow")
     found = form.validated(form.fit(3, WARP, 1e-4))
-    descent = Descent(form, found, around(form, found), terminal_loss, 4)
+    descent = Descent(form, found, around(form, found), terminal_loss)
     with torch.no_grad():
         descent.parameters.free_times[1] = -9.0  # fed a later time than the node before it
     descent.judge(1.0)

@@ -1,0 +1,490 @@
+"""`make bench-search`: what a search costs and brings, beside the paper's recipe and diffusers' own schedulers.
+
+On the embedded models, for each seed: `--method paper` (Algorithm 1 and 2, with fewer samples than the paper's 50 000),
+and `--method gradient`, whose first stages are the default `closed_form`. Whenever a run improves on itself its solver
+is tried on test samples that no search has seen; that is not counted in its network evaluations, the teacher is. Every
+finished run is kept under --output, so that a killed benchmark goes on. Prints tables, draws curves.png, writes
+bench_search.json. `--ablation` measures instead what each choice of the default brings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from matplotlib.figure import Figure
+
+from diffusers_dssolver import DSSolverScheduler
+from diffusers_dssolver.solver import SolverSpec
+from dssolver_search import closed_form
+from dssolver_search import run as run_module
+from dssolver_search.closed_form import Candidate
+from dssolver_search.compare import Comparison
+from dssolver_search.config import CompareConfig, SearchConfig
+from dssolver_search.gradient import Descent
+from dssolver_search.objective import OBJECTIVES
+from dssolver_search.plots import COLOURS
+from dssolver_search.polish import Polish, around
+from dssolver_search.replay import uncounted
+from dssolver_search.run import ResumableForm, Search
+
+ROOT = Path(__file__).resolve().parent.parent
+FAMILIES, NFES, SEEDS = ("flow", "vp"), (5, 6, 8, 10), (0, 1, 2)
+METHODS = ("paper", "closed_form", "gradient")
+ENDS = (("paper",), ("closed_form", "polish"), ("gradient",))  # stages whose last is a method's result
+GUIDANCE, TEST_SAMPLES, REFERENCE_STEPS = 1.5, 64, 400
+PAPER = {"num_generated_samples": 512, "train_batch_size": 4, "validation_steps": 16}  # the paper: 50 000
+PAPER_SAMPLES = 50_000
+BETTER = 0.95  # of the training error: an improvement that is worth a look at the test samples
+SETTINGS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "no polish": {"polish": 0},
+    "polish 1": {"polish": 1},
+    "polish 4": {"polish": 4},
+    "nodes: uniform in t": {"trials": 1},
+    "nodes: uniform in log-SNR": {"trials": 1, "start": "log-SNR"},
+    "nodes: Karras": {"trials": 1, "start": "karras"},
+    "nodes: quadratic": {"trials": 1, "start": "quadratic"},
+    "nodes: cosine": {"trials": 1, "start": "cosine"},
+    "15 trials": {"trials": 15},
+    "100 trials": {"trials": 100},
+    "polish without times t'": {"search_over": ["nodes", "coefficients"]},
+    "polish without nodes": {"search_over": ["coefficients", "times"]},
+    "polish of coefficients alone": {"search_over": ["coefficients"]},
+    "16 samples": {"num_train_samples": 16, "num_trial_samples": 16},
+    "32 samples": {"num_train_samples": 32},
+    "128 samples": {"num_train_samples": 128},
+    "teacher: Euler, 100 steps": {"teacher_steps": 100, "teacher_order": 1},
+    "teacher: order 3, 50 steps": {"teacher_steps": 50},
+    "gradient, 20 calls of L-BFGS": {"method": "gradient"},
+    "the same, mixed objective": {"method": "gradient", "objective": "mixed"},
+    "gradient, 20 updates of Adam": {"method": "gradient", "optimizer": "adam", "learning_rate": 3e-3},
+    "gradient without polish": {"method": "gradient", "polish": 0},
+}
+ABLATED = (("flow", 5), ("vp", 5), ("vp", 8))
+
+
+class Test:
+    """Samples that no search sees, through the scheduler that a user would load."""
+
+    __test__ = False
+
+    def __init__(self, family: str, folder: Path) -> None:
+        self.config = CompareConfig(
+            pretrained_model_name_or_path=str(model(family)), output_dir=str(folder), nfe=list(NFES),
+            guidance_scale=GUIDANCE, num_samples=TEST_SAMPLES, reference_steps=REFERENCE_STEPS,
+        )  # fmt: skip
+        self.comparison, self.file = Comparison(self.config), folder / f"test-{family}.pt"
+        if self.file.exists():
+            stored = torch.load(self.file, weights_only=True)
+        else:
+            final, _, uncertainty = self.comparison.reference()
+            stored = {"final": final, "uncertainty": uncertainty, "single_call": self.comparison.single_call}
+            torch.save(stored, self.file)
+        self.wanted, self.uncertainty = stored["final"], stored["uncertainty"]
+        self.comparison.single_call = stored["single_call"]
+
+    def error(self, scheduler: Any, steps: int) -> float:
+        mse = (self.comparison.sample(scheduler, steps)[0] - self.wanted).square().mean().item()
+        return mse if math.isfinite(mse) else math.inf
+
+    def of(self, spec: SolverSpec) -> float:
+        """Final-state mse of one solver."""
+        config = self.comparison.model_config
+        return self.error(DSSolverScheduler.from_config(config, solvers={str(spec.nfe): spec.to_dict()}), spec.nfe)
+
+    def stock(self, nfe: int) -> dict[str, Any]:
+        """The best of diffusers' own, each in every spacing it offers."""
+        tried = [(self.error(s, steps), f"{n} ({k})") for n, k, s, steps, _ in self.comparison.candidates(nfe)]
+        return dict(zip(("mse", "scheduler"), min(tried), strict=True))
+
+
+class Watched(Search):
+    """A search whose progress is followed on the test samples."""
+
+    def __init__(self, config: SearchConfig, test: Test) -> None:
+        self.test, self.points, self.reached = test, [], math.inf
+        super().__init__(config)
+
+    def _point(self, stage: str, spec: SolverSpec) -> None:
+        point = {"nfe": spec.nfe, "stage": stage, "network_evaluations": self._evaluations() - self.spent_before}
+        seconds = time.perf_counter() - self.began - self.testing
+        self.points.append({**point, "test_mse": self.test.of(spec), "seconds": seconds})
+        self.testing = time.perf_counter() - self.began - seconds
+
+    def _log_trial(self, candidate: Candidate) -> None:
+        super()._log_trial(candidate)
+        if candidate.train_mse < BETTER * self.reached:
+            self.reached = candidate.train_mse
+            self._point("closed_form", candidate.spec)
+
+    def _ended(self, stage: str, found: Candidate, began: int) -> dict[str, Any]:
+        self._point(stage, found.spec)
+        return super()._ended(stage, found, began)
+
+    def _closed_form(self, form: ResumableForm, nfe: int) -> dict[str, Any]:
+        self._begin()
+        return super()._closed_form(form, nfe)
+
+    def _paper(self, form: ResumableForm, nfe: int) -> dict[str, Any]:
+        self._begin()
+        score = form.score
+
+        def followed(raw: Any, rows: Any, order: int = 2) -> float:
+            error = score(raw, rows, order)
+            if rows is not None and error < self.reached:
+                self.reached = error
+                self._point("paper", form.probe.spec())
+            return error
+
+        form.score = followed
+        try:
+            found = super()._paper(form, nfe)
+        finally:
+            del form.score
+        self._point("paper", SolverSpec.from_dict({k: found[k] for k in ("nodes", "coefficients")}))
+        return found
+
+    def _begin(self) -> None:
+        """Of one NFE: what was spent on the others is not its own; the teacher is everybody's."""
+        if not self.points:
+            self.teacher = self._evaluations()
+        self.spent_before, self.reached = self._evaluations() - self.teacher, math.inf
+        self.began, self.testing = time.perf_counter(), 0.0
+
+
+def model(family: str) -> Path:
+    return ROOT / "search" / "demo" / family
+
+
+def kept(file: Path, make: Callable[[], Any]) -> Any:
+    """What an earlier benchmark found, or else what is made now."""
+    if not file.exists():
+        file.write_text(json.dumps(make()))
+    return json.loads(file.read_text())
+
+
+def searched(family: str, test: Test, folder: Path, nfes: Sequence[int], **settings: Any) -> dict[str, Any]:
+    """One run of the search, or what is left of it from an earlier benchmark."""
+    result = folder.with_suffix(".json")
+    if result.exists():
+        return json.loads(result.read_text())
+    shutil.rmtree(folder, ignore_errors=True)
+    shared = folder.parent / f"cache-{family}"
+    shared.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(shared, folder / "cache", copy_function=os.link)
+    config = SearchConfig(
+        pretrained_model_name_or_path=str(model(family)), output_dir=str(folder), nfe=list(nfes), fill_nfe=[],
+        guidance_scale=GUIDANCE, **settings,
+    )  # fmt: skip
+    began = time.perf_counter()
+    search = Watched(config, test)
+    search()
+    record = {
+        "family": family, "settings": settings, "points": search.points, "teacher": search.teacher,
+        "seconds": time.perf_counter() - began,
+    }  # fmt: skip
+    shutil.copytree(folder / "cache", shared, copy_function=_link_if_new, dirs_exist_ok=True)
+    shutil.rmtree(folder)
+    result.write_text(json.dumps(record))
+    return record
+
+
+def _link_if_new(source: str, target: str) -> None:
+    if not Path(target).exists():
+        os.link(source, target)
+
+
+class EulerMemo:
+    """The paper's references of the same samples are made once and counted for every NFE, as if made anew."""
+
+    def __init__(self) -> None:
+        self.kept: dict[Any, Any] = {}
+        self.real = run_module.reference
+
+    def __call__(self, sampler: Any, probe: Any, indices: Any, split: str, *rest: Any, **more: Any) -> Any:
+        if split != "train":
+            return self.real(sampler, probe, indices, split, *rest, **more)
+        key = (sampler.seed, type(probe._path), tuple(indices))
+        if key not in self.kept:
+            with uncounted(sampler):
+                made = self.real(sampler, probe, indices, split, *rest, **more)
+                self.kept[key] = made, sampler.network_evaluations
+        made, cost = self.kept[key]
+        sampler.network_evaluations += cost
+        return made
+
+
+def nodes_of(start: str, family: str, nfe: int) -> torch.Tensor:
+    """Nodes of a known family, (nfe + 1,) from 1 to 0, at resolution shift 1."""
+    u = torch.linspace(1, 0, nfe + 1, dtype=torch.float64)
+    path = DSSolverScheduler.from_config(load_config(family), solvers="classical")._path
+    if start == "quadratic":
+        return u**2
+    if start == "cosine":
+        return 1 - torch.cos(math.pi / 2 * u)
+    fine = torch.linspace(0.999, 1e-3, 4000, dtype=torch.float64)
+    at = path.lambdas(fine)
+    if start == "karras":  # sigma^(1/7) in even steps, sigma = exp(-lambda)
+        at = -torch.exp(-at / 7)
+    even = torch.linspace(float(at[0]), float(at[-1]), nfe + 1, dtype=torch.float64)
+    right = torch.searchsorted(at, even).clamp(1, len(at) - 1)
+    share = (even - at[right - 1]) / (at[right] - at[right - 1])
+    nodes = torch.lerp(fine[right - 1], fine[right], share)
+    nodes[0], nodes[-1] = 1.0, 0.0
+    return nodes
+
+
+def load_config(family: str) -> dict[str, Any]:
+    return json.loads((model(family) / "scheduler" / "scheduler_config.json").read_text())
+
+
+def with_nodes(start: str, family: str) -> Any:
+    """The closed form with one trial, on these nodes."""
+    return mock.patch.object(closed_form, "warped_nodes", lambda warp, nfe: nodes_of(start, family, nfe))
+
+
+# --- tables and curves ------------------------------------------------------------------------------------------------
+
+
+def summary(runs: Sequence[dict[str, Any]], stock: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row per family and NFE; medians over the seeds that both methods have."""
+    rows = []
+    for family in FAMILIES:
+        of = {
+            m: {r["seed"]: r for r in runs if r["family"] == family and r["method"] == m} for m in ("paper", "gradient")
+        }
+        seeds = sorted(set(of["paper"]) & set(of["gradient"]))
+        for nfe in NFES if seeds else ():
+            row: dict[str, Any] = {"family": family, "nfe": nfe, "seeds": seeds, **stock[family][str(nfe)]}
+            paper = [_points(of["paper"][s], nfe) for s in seeds]
+            ours = [_points(of["gradient"][s], nfe) for s in seeds]
+            row["paper"] = [p[-1]["test_mse"] for p in paper]
+            row["closed_form"] = [_last(p, ENDS[1])["test_mse"] for p in ours]
+            row["gradient"] = [_last(p, ENDS[2])["test_mse"] for p in ours]
+            row["paper evaluations"] = _median(p[-1]["network_evaluations"] for p in paper)
+            teacher = _median(of["paper"][s]["teacher"] for s in seeds)
+            more = (row["paper evaluations"] - teacher) * PAPER_SAMPLES / PAPER["num_generated_samples"]
+            row["paper evaluations, 50 000 samples"] = teacher + more
+            row["closed_form evaluations"] = _median(_last(p, ENDS[1])["network_evaluations"] for p in ours)
+            row["gradient evaluations"] = _median(p[-1]["network_evaluations"] for p in ours)
+            as_good = [
+                min((q["network_evaluations"] for q in p if q["test_mse"] <= end), default=math.inf)
+                for p, end in zip(ours, row["paper"], strict=True)
+            ]
+            row["evaluations until as good as paper"] = _median(as_good)
+            ends = zip(METHODS, (paper, ours, ours), ENDS, strict=True)
+            row["seconds"] = {m: _median(_last(p, stages)["seconds"] for p in q) for m, q, stages in ends}
+            rows.append(row)
+    return rows
+
+
+def _points(run: dict[str, Any], nfe: int) -> list[dict[str, Any]]:
+    return [p for p in run["points"] if p["nfe"] == nfe]
+
+
+def _last(points: Sequence[dict[str, Any]], stages: Sequence[str]) -> dict[str, Any]:
+    return [p for p in points if p["stage"] in stages][-1]
+
+
+def _median(values: Any) -> float:
+    return statistics.median(values)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        "| model | NFE | best stock | `paper` | `closed_form` | `gradient` | ours / paper | ours / stock | "
+        "evaluations: `paper` (50 000 samples) | `closed_form` | `gradient` | ours until as good as `paper` | of the "
+        "recipe's |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        best = min(_median(r["closed_form"]), _median(r["gradient"]))
+        until = r["evaluations until as good as paper"]
+        lines.append(
+            f"| {r['family']} | {r['nfe']} | {r['mse']:.3g} {r['scheduler']} | {_spread(r['paper'])} | "
+            f"{_spread(r['closed_form'])} | {_spread(r['gradient'])} | {best / _median(r['paper']):.2f} | "
+            f"{best / r['mse']:.2f} | {_thousands(r['paper evaluations'])} "
+            f"({r['paper evaluations, 50 000 samples'] / 1e6:.1f} M) | {_thousands(r['closed_form evaluations'])} | "
+            f"{_thousands(r['gradient evaluations'])} | {_thousands(until)} | "
+            f"{until / r['paper evaluations, 50 000 samples']:.4f} |"
+        )
+    for family in FAMILIES:
+        mine = [r for r in rows if r["family"] == family]
+        if mine:
+            ratio = [min(_median(r["closed_form"]), _median(r["gradient"])) / r["mse"] for r in mine]
+            seconds = {m: sum(r["seconds"][m] for r in mine) for m in METHODS}
+            spent = ", ".join(f"`{m}` {s / 60:.1f} min" for m, s in seconds.items())
+            mean = statistics.geometric_mean(ratio)
+            lines += [
+                "",
+                f"{family}: ours / best stock, geometric mean {mean:.2f}; search of all four NFE without the teacher: "
+                f"{spent} ({len(mine[0]['seeds'])} seeds)",
+            ]
+    return "\n".join(lines)
+
+
+def _spread(values: Sequence[float]) -> str:
+    """median (least to most)"""
+    return f"{_median(values):.3g} ({min(values):.3g} to {max(values):.3g})" if len(values) > 1 else f"{values[0]:.3g}"
+
+
+def _thousands(value: float) -> str:
+    return f"{value / 1000:.0f} k" if math.isfinite(value) else "never"
+
+
+def curves(runs: Sequence[dict[str, Any]], stock: dict[str, Any], file: Path) -> None:
+    """Test error against evaluations, one panel per model and NFE, one line per seed."""
+    figure = Figure(figsize=(4 * len(NFES), 3.4 * len(FAMILIES)), dpi=110)
+    axes = figure.subplots(len(FAMILIES), len(NFES), squeeze=False)
+    for i, family in enumerate(f for f in FAMILIES if f in stock):
+        for j, nfe in enumerate(NFES):
+            axis = axes[i][j]
+            for method, colour in (("gradient", COLOURS[0]), ("paper", COLOURS[5])):
+                drawn = [r for r in runs if r["family"] == family and r["method"] == method]
+                for k, r in enumerate(drawn):
+                    points = _points(r, nfe)
+                    x, y = ([p[key] for p in points] for key in ("network_evaluations", "test_mse"))
+                    label = {"gradient": "ours", "paper": "paper's recipe"}[method] if k == 0 else None
+                    axis.plot(x, y, color=colour, linewidth=1.4, label=label)
+                    for stage, marker in (("polish", "o"), ("gradient", "s")):
+                        for p in points:
+                            if p["stage"] == stage:
+                                axis.plot(p["network_evaluations"], p["test_mse"], marker, color=colour, markersize=5)
+            best = stock[family][str(nfe)]
+            axis.axhline(
+                best["mse"], color="0.4", linestyle="--", linewidth=1, label=f"best stock: {best['scheduler']}"
+            )
+            axis.set_xscale("log")
+            axis.set_yscale("log")
+            axis.set_title(f"{family}, {nfe} calls", fontsize=10)
+            axis.grid(True, which="both", alpha=0.2)
+            axis.legend(frameon=False, fontsize=7)
+            if i == len(FAMILIES) - 1:
+                axis.set_xlabel("network evaluations, teacher included")
+            if j == 0:
+                axis.set_ylabel("final-state mse, test samples")
+    figure.tight_layout()
+    figure.savefig(file, facecolor="white")
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def bench(folder: Path, seeds: Sequence[int], families: Sequence[str]) -> None:
+    run_module.reference = memo = EulerMemo()
+    print(f"paper: {PAPER['num_generated_samples']} generated samples of its {PAPER_SAMPLES}")
+    stock: dict[str, Any] = {}
+    runs = []
+    for seed in seeds:
+        for family in families:
+            test = Test(family, folder)
+            if family not in stock:
+                stock[family] = kept(folder / f"stock-{family}.json", lambda: {str(n): test.stock(n) for n in NFES})  # noqa: B023
+            for method, more in (("paper", PAPER), ("gradient", {})):
+                name = folder / f"{family}-{seed}-{method}"
+                found = searched(family, test, name, NFES, method=method, seed=seed, **more)
+                runs.append({**found, "seed": seed, "method": method})
+            memo.kept.clear()
+    rows = summary(runs, stock)
+    record = {"stock": stock, "rows": rows, "runs": runs, "paper": PAPER, "test_samples": TEST_SAMPLES}
+    (folder / "bench_search.json").write_text(json.dumps(record, indent=1) + "\n")
+    curves(runs, stock, folder / "curves.png")
+    print(table(rows))
+    print(f"written to {folder}: bench_search.json, curves.png")
+
+
+def ablation(folder: Path, seeds: Sequence[int], families: Sequence[str]) -> None:
+    """A row per choice, a column per model and NFE: median test error and evaluations."""
+    measured: dict[str, list[str]] = {}
+    columns = [(family, nfe) for family, nfe in ABLATED if family in families]
+    tests = {family: Test(family, folder) for family, _ in columns}
+    for name, settings in SETTINGS.items():
+        for family, nfe in columns:
+            found = []
+            for seed in seeds:
+                result = folder / f"ablation-{family}-{nfe}-{seed}-{name.replace(' ', '_').replace(',', '')}"
+                change = {k: v for k, v in settings.items() if k != "start"}
+                with with_nodes(settings["start"], family) if "start" in settings else nullcontext():
+                    run = searched(family, tests[family], result, [nfe], seed=seed, **change)
+                found.append(run["points"][-1])
+            error, spent = (_median(p[k] for p in found) for k in ("test_mse", "network_evaluations"))
+            measured.setdefault(name, []).append(f"{error:.3g} ({_thousands(spent)})")
+            print(name, family, nfe, measured[name][-1], flush=True)
+    lines = [
+        "| | " + " | ".join(f"{family}, {nfe} calls" for family, nfe in columns) + " |",
+        "|---|" + "---|" * len(columns),
+    ]
+    lines += [f"| {name} | " + " | ".join(cells) + " |" for name, cells in measured.items()]
+    (folder / "ablation.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+def memory_of(nfe: int) -> None:
+    """Peak memory of this process (MiB): after forward runs, after a polish, after a gradient."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as output:
+        config = SearchConfig(
+            pretrained_model_name_or_path=str(model("flow")), output_dir=output, nfe=[nfe], guidance_scale=GUIDANCE,
+            num_train_samples=16, num_validation_samples=2, num_trial_samples=2, teacher_steps=nfe + 1,
+        )  # fmt: skip
+        search = Search(config)
+        samples = {name: search._reference(name, range(n)) for name, n in (("train", 16), ("validation", 2))}
+        form = closed_form.ClosedForm(search.sampler, search.probe, *samples.values(), 2, lambda t: t)
+        found = form.validated(form.fit(nfe, closed_form.IDENTITY, 1e-4))
+        peaks = [_peak()]
+        problem = Polish(form, found)
+        problem.step(torch.zeros(problem.count, dtype=torch.float64), lambda: None)
+        peaks.append(_peak())
+        Descent(form, found, around(form, found), OBJECTIVES["terminal"]).value()
+        peaks.append(_peak())
+    print(json.dumps(peaks))
+
+
+def _peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def memory() -> None:
+    print("peak memory of a process, MiB, 16 samples: forward runs, then a polish, then a gradient")
+    for nfe in (4, 8, 16):
+        command = [sys.executable, "-m", "tests.bench_search", "--memory-of", str(nfe)]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        print(f"  {nfe:2} calls: " + ", ".join(f"{p:.0f}" for p in json.loads(printed.splitlines()[-1])), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("runs/bench-search"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES)
+    parser.add_argument("--ablation", action="store_true")
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    given.output.mkdir(parents=True, exist_ok=True)
+    if given.memory_of:
+        memory_of(given.memory_of)
+    elif given.memory:
+        memory()
+    else:
+        (ablation if given.ablation else bench)(given.output, given.seeds, given.families)
+
+
+if __name__ == "__main__":
+    main()
