@@ -47,7 +47,7 @@ from .state import (
     write_record,
     write_text,
 )
-from .teacher import Reference, reference
+from .teacher import Convergence, Reference, Teacher, convergence, reference
 
 SOLVER_KEYS = ("nodes", "timesteps", "coefficients")
 # of a solver that the pipeline already had
@@ -112,6 +112,9 @@ class Search:
         self.probe = ProbeScheduler.from_config(
             pipe.scheduler.config, solvers="classical", strict=False, history_length=None
         )
+        self.teacher = Teacher.named(
+            config.teacher_scheduler, config.teacher_steps, config.teacher_order, self.sampler, self.probe
+        )
         self.descending = config.search_over
         self.splits = {"train": config.num_train_samples, "validation": config.num_validation_samples}
         if config.method == "paper":
@@ -120,6 +123,7 @@ class Search:
         self.state = self._open_state()
         if self.accelerator.is_main_process:  # every process counts its own, this one also what was kept
             kept = [entry["network_evaluations"] for entry in self.state["solvers"].values()]
+            kept += [self.state.get("teacher", {}).get("network_evaluations", 0)]
             self.sampler.network_evaluations = sum(kept) + self.state["derived_network_evaluations"]
             drop_torn_line(self.folder / METRICS)
         self.journal = Journal(self.folder / JOURNAL, self.state["key"], self.accelerator)
@@ -145,6 +149,7 @@ class Search:
     def _run(self) -> None:
         if not all(self._has(nfe) for nfe in self.config.nfe):
             self._preflight()
+        self._settle_teacher()
         references = {name: self._reference(name, range(count)) for name, count in self.splits.items()}
         form = ResumableForm(
             self.sampler,
@@ -400,7 +405,7 @@ class Search:
             "revision": config.revision,
             "pipeline": type(self.sampler.pipe).__name__,
             "call": config.call_arguments,
-            "teacher": {"steps": config.teacher_steps, "order": config.teacher_order},
+            "teacher": {**self.teacher.facts(), "estimated_mse": self.state["teacher"]["estimated_mse"]},
             "samples": {
                 "train": config.num_generated_samples if config.method == "paper" else config.num_train_samples,
                 "validation": config.num_validation_samples,
@@ -456,11 +461,34 @@ class Search:
             if count < processes:
                 raise ValueError(f"{count} {name} samples for {processes} processes; each needs one")
 
+    def _settle_teacher(self) -> None:
+        """How far the teacher is from converged, and its step count if that is to be chosen: once in a search. Every
+        process runs the same samples, which count once, and takes what the main one finds."""
+        config, main = self.config, self.accelerator.is_main_process
+        if "teacher" not in self.state:
+            before = self.sampler.network_evaluations
+            found = convergence(
+                self.sampler, self.probe, self.teacher, config.teacher_tolerance, max(config.nfe), config.batch_size
+            )
+            spent = {"network_evaluations": self.sampler.network_evaluations - before}
+            if not main:
+                self.sampler.network_evaluations = before
+            self.state["teacher"] = from_main(self.accelerator, {**asdict(found), **spent})
+            self._log({"teacher": self.state["teacher"], "network_evaluations": self._evaluations()})
+            if main:
+                self._write_state(self.state)
+        known = {k: v for k, v in self.state["teacher"].items() if k != "network_evaluations"}
+        self.teacher = replace(self.teacher, steps=known["steps"])
+        if main:
+            say(Convergence(**known).line(self.teacher, config.teacher_tolerance))
+        if known["steps"] <= max(config.nfe):
+            raise ValueError(f"the teacher of this search takes {known['steps']} steps; give fewer in nfe")
+
     def _reference(self, split: str, indices: range) -> tuple[range, Reference]:
         share, config, before = self._share(indices), self.config, self.sampler.network_evaluations
         found = reference(
-            self.sampler, self.probe, share, split, config.teacher_steps, config.teacher_order, config.batch_size,
-            cache=self.folder / "cache", progress=self.accelerator.is_main_process,
+            self.sampler, self.probe, share, split, self.teacher.steps, self.teacher.order, config.batch_size,
+            cache=self.folder / "cache", progress=self.accelerator.is_main_process, scheduler=self.teacher.scheduler,
         )  # fmt: skip
         self.sampler.network_evaluations = before + found.network_evaluations  # those of an earlier, killed run too
         return share, found
