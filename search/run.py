@@ -482,7 +482,10 @@ class Search:
         if main:
             say(Convergence(**known).line(self.teacher, config.teacher_tolerance))
         if known["steps"] <= max(config.nfe):
-            raise ValueError(f"the teacher of this search takes {known['steps']} steps; give fewer in nfe")
+            raise ValueError(
+                f"nfe asks for {max(config.nfe)} calls, but the teacher chosen in this folder takes {known['steps']} "
+                "steps; ask for fewer, or choose another --output_dir"
+            )
 
     def _reference(self, split: str, indices: range) -> tuple[range, Reference]:
         share, config, before = self._share(indices), self.config, self.sampler.network_evaluations

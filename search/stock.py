@@ -51,7 +51,8 @@ def teacher_scheduler(name: str, model_config: Mapping[str, Any], path: Path, pr
     """
 
     def refused(reason: str) -> ValueError:
-        return ValueError(f"teacher_scheduler {name!r} {reason}; give {GOOD}, or leave it empty for our own multistep")
+        other = "" if name == GOOD else f"give {GOOD}, or "
+        return ValueError(f"teacher_scheduler {name!r} {reason}; {other}leave it empty for our own multistep")
 
     cls = getattr(diffusers, name, None) if name.isidentifier() else None
     if not inspect.isclass(cls) or not issubclass(cls, SchedulerMixin):

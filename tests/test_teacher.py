@@ -191,7 +191,10 @@ def test_chosen_steps_serve_the_search_and_are_neither_chosen_nor_counted_again(
     assert both_states[0] == both_states[1]
     with pytest.raises(SystemExit):
         search(models["flow"], tmp_path / "killed", settings, nfe=[3, steps])
-    assert f"takes {steps} steps" in capsys.readouterr().err
+    assert (
+        f"nfe asks for {steps} calls, but the teacher chosen in this folder takes {steps} steps"
+        in capsys.readouterr().err
+    )
 
 
 def test_paper_tells_of_the_teacher_of_its_held_out_samples(models, tmp_path, capsys):
