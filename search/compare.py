@@ -28,6 +28,7 @@ from diffusers_dssolver.config import is_flow
 from .config import CompareConfig
 from .plots import comparison_picture, error_curves
 from .sampling import Sampler, load_pipeline, prompts_of
+from .stock import configured
 
 Options = dict[str, Any]
 KARRAS: Options = {"use_karras_sigmas": True}
@@ -54,7 +55,6 @@ def _flow(cls: str, spacings: Mapping[str, Options], calls_per_step: int = 1, **
     return Stock(cls, options, {"uniform": {}, **spacings}, calls_per_step)
 
 
-_AS_FLOW: Options = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 VP: dict[str, Stock] = {
     "unipc": _vp("UniPCMultistepScheduler", EXPONENTIAL, solver_order=2),
     "dpmpp_2m": _vp("DPMSolverMultistepScheduler", LOG_SNR, algorithm_type="dpmsolver++", solver_order=2),
@@ -64,14 +64,10 @@ VP: dict[str, Stock] = {
     "euler": _vp("EulerDiscreteScheduler", EXPONENTIAL),
 }
 FLOW: dict[str, Stock] = {
-    "unipc": _flow("UniPCMultistepScheduler", {"karras": KARRAS}, solver_order=2, **_AS_FLOW),
-    "dpmpp_2m": _flow(
-        "DPMSolverMultistepScheduler", {"karras": KARRAS, "log-SNR": LOG_SNR}, solver_order=2, **_AS_FLOW
-    ),
-    "dpmpp_3m": _flow(
-        "DPMSolverMultistepScheduler", {"karras": KARRAS, "log-SNR": LOG_SNR}, solver_order=3, **_AS_FLOW
-    ),
-    "deis": _flow("DEISMultistepScheduler", {"karras": KARRAS}, solver_order=2, **_AS_FLOW),
+    "unipc": _flow("UniPCMultistepScheduler", {"karras": KARRAS}, solver_order=2),
+    "dpmpp_2m": _flow("DPMSolverMultistepScheduler", {"karras": KARRAS, "log-SNR": LOG_SNR}, solver_order=2),
+    "dpmpp_3m": _flow("DPMSolverMultistepScheduler", {"karras": KARRAS, "log-SNR": LOG_SNR}, solver_order=3),
+    "deis": _flow("DEISMultistepScheduler", {"karras": KARRAS}, solver_order=2),
     "heun": _flow("FlowMatchHeunDiscreteScheduler", {}, 2),
     "euler": _flow("FlowMatchEulerDiscreteScheduler", {"karras": KARRAS, "log-SNR": EXPONENTIAL}),
 }
@@ -152,19 +148,11 @@ class Comparison:
         for name, scheduler in self.ours.items():
             kind = "searched" if nfe in scheduler.tables else "derived"
             yield name, kind, scheduler, nfe, True
-        shift = self.model_config.get("shift", 1.0)
         for name, stock in self.stock.items():
             steps = nfe if stock.calls_per_step == 1 else (nfe + 1) // 2  # Heun's last step is a single call
             cls = getattr(diffusers, stock.cls)
             for spacing, options in stock.spacings.items():
-                extra = {"flow_shift": shift} if "use_flow_sigmas" in stock.options else {}
-                yield (
-                    name,
-                    spacing,
-                    cls.from_config(self.model_config, **stock.options, **extra, **options),
-                    steps,
-                    False,
-                )
+                yield name, spacing, configured(cls, self.model_config, **stock.options, **options), steps, False
 
     def run(self) -> tuple[list[Result], float, list[Any]]:
         """Every result, the best spacing of each stock scheduler per NFE; the reference's own error; its pictures."""

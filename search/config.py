@@ -18,6 +18,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+from diffusers_dssolver.solver import MAX_NFE
+
 METHODS = ("closed_form", "gradient", "paper")
 OPTIMIZERS = ("lbfgs", "adam", "lion")
 OBJECTIVES = ("terminal", "trajectory", "mixed", "paper")
@@ -80,8 +82,19 @@ class SearchConfig(ModelConfig):
     num_train_samples: int = option("closed_form: samples that rows are fitted to", default=64)
     num_trial_samples: int = option("closed_form: so many of them compare warps", default=32)
     num_validation_samples: int = option("held-out samples that choose between candidates", default=32)
-    teacher_steps: int = option("steps of the reference", default=200)
+    teacher_steps: int = option("steps of the reference; 0: as few as meet teacher_tolerance", default=200)
     teacher_order: int = option("order of the reference, 1 to 3", default=3)
+    teacher_scheduler: str = option(
+        "what makes the reference: empty for our own multistep, euler for its order 1 (the paper's Euler or DDIM), or "
+        "a scheduler class of diffusers such as UniPCMultistepScheduler",
+        default="",
+    )
+    # The mse of a solver against the reference is wrong by the reference's own error, which must stay far below it.
+    # Over the variance, 20 steps of UniPC leave 1e-3 on the embedded models and searched solvers of 10 calls 4e-4 to
+    # 1e-3; a searched one of 20 calls may leave a tenth of that, which is still ten times this.
+    teacher_tolerance: float = option(
+        "teacher_steps 0: mse of final states against twice the steps, over their variance", default=1e-5
+    )
     trials: int = option("closed_form: warps tried per NFE", default=40)
     polish: int = option("closed_form: Gauss-Newton iterations after it, forward evaluations too", default=2)
     polish_nfe: int = option("largest NFE that is polished; the cost grows with the cube of it", default=20)
@@ -127,7 +140,9 @@ class SearchConfig(ModelConfig):
             self.fill_nfe == [] or (len(self.fill_nfe) == 2 and 1 <= self.fill_nfe[0] <= self.fill_nfe[1] <= 1000),
             "first and last step count, or nothing",
         )
-        _require(self, "teacher_steps", self.teacher_steps > max(self.nfe), "more than the largest NFE")
+        steps = self.teacher_steps == 0 or max(self.nfe) < self.teacher_steps <= MAX_NFE
+        _require(self, "teacher_steps", steps, f"more than the largest NFE, at most {MAX_NFE}, or 0 to have it chosen")
+        _require(self, "teacher_tolerance", self.teacher_tolerance > 0, "above 0")
         for name in (
             "num_train_samples",
             "num_trial_samples",

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffusers_dssolver import DSSolverScheduler
 from diffusers_dssolver.derive import classical, from_neighbours
-from diffusers_dssolver.paths import FlowPath
+from diffusers_dssolver.paths import FlowPath, Path
 from diffusers_dssolver.solver import SolverSpec
 from diffusers_dssolver.step import Scalar, step
 
@@ -115,6 +115,11 @@ class ProbeScheduler(DSSolverScheduler):
         steps = at[1:] - at[:-1]
         second = [i > 0 and row[i - 1] != 0.0 for i, row in enumerate(rows)]
         return torch.stack([steps[i] / (2 * steps[i - 1]) if s else steps.new_zeros(()) for i, s in enumerate(second)])
+
+    @property
+    def path(self) -> Path:
+        """The model's path from noise to data."""
+        return self._path
 
     def angle(self, nodes: Tensor) -> Tensor:
         """The coordinate in which references are interpolated, at final nodes."""

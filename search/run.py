@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ from .state import (
     write_record,
     write_text,
 )
-from .teacher import Reference, reference
+from .teacher import Convergence, Reference, Teacher, convergence, reference
 
 SOLVER_KEYS = ("nodes", "timesteps", "coefficients")
 # of a solver that the pipeline already had
@@ -124,6 +124,9 @@ class Search:
         self.probe = ProbeScheduler.from_config(
             pipe.scheduler.config, solvers="classical", strict=False, history_length=None
         )
+        self.teacher = Teacher.named(
+            config.teacher_scheduler, config.teacher_steps, config.teacher_order, self.sampler, self.probe
+        )
         self.descending = config.search_over
         self.splits = {"train": config.num_train_samples, "validation": config.num_validation_samples}
         if config.method == "paper":
@@ -132,6 +135,7 @@ class Search:
         self.state = self._open_state()
         if self.accelerator.is_main_process:  # every process counts its own, this one also what was kept
             kept = [entry["network_evaluations"] for entry in self.state["solvers"].values()]
+            kept += [self.state.get("teacher", {}).get("network_evaluations", 0)]
             self.sampler.network_evaluations = sum(kept) + self.state["derived_network_evaluations"]
             drop_torn_line(self.folder / METRICS)
         self.journal = Journal(self.folder / JOURNAL, self.state["key"], self.accelerator)
@@ -158,6 +162,7 @@ class Search:
         if not all(self._has(nfe) for nfe in self.config.nfe):
             self._preflight()
         config = self.config
+        self._settle_teacher()
         references = {name: self._reference(name, range(count)) for name, count in self.splits.items()}
         form = ResumableForm(
             self.sampler,
@@ -429,7 +434,7 @@ class Search:
             "revision": config.revision,
             "pipeline": type(self.sampler.pipe).__name__,
             "call": config.call_arguments,
-            "teacher": {"steps": config.teacher_steps, "order": config.teacher_order},
+            "teacher": {**self.teacher.facts(), "estimated_mse": self.state["teacher"]["estimated_mse"]},
             "samples": {
                 "train": config.num_generated_samples if config.method == "paper" else config.num_train_samples,
                 "validation": config.num_validation_samples,
@@ -479,11 +484,37 @@ class Search:
             if count < processes:
                 raise ValueError(f"{count} {name} samples for {processes} processes; each needs one")
 
+    def _settle_teacher(self) -> None:
+        """How far the teacher is from converged, and its step count if that is to be chosen: once in a search. Every
+        process runs the same samples, which count once, and takes what the main one finds."""
+        config, main = self.config, self.accelerator.is_main_process
+        if "teacher" not in self.state:
+            before = self.sampler.network_evaluations
+            found = convergence(
+                self.sampler, self.probe, self.teacher, config.teacher_tolerance, max(config.nfe), config.batch_size
+            )
+            spent = {"network_evaluations": self.sampler.network_evaluations - before}
+            if not main:
+                self.sampler.network_evaluations = before
+            self.state["teacher"] = from_main(self.accelerator, {**asdict(found), **spent})
+            self._log({"teacher": self.state["teacher"], "network_evaluations": self._evaluations()})
+            if main:
+                self._write_state(self.state)
+        known = {k: v for k, v in self.state["teacher"].items() if k != "network_evaluations"}
+        self.teacher = replace(self.teacher, steps=known["steps"])
+        if main:
+            say(Convergence(**known).line(self.teacher, config.teacher_tolerance))
+        if known["steps"] <= max(config.nfe):
+            raise ValueError(
+                f"nfe asks for {max(config.nfe)} calls, but the teacher chosen in this folder takes {known['steps']} "
+                "steps; ask for fewer, or choose another --output_dir"
+            )
+
     def _reference(self, split: str, indices: range) -> tuple[range, Reference]:
         share, config, before = self._share(indices), self.config, self.sampler.network_evaluations
         found = reference(
-            self.sampler, self.probe, share, split, config.teacher_steps, config.teacher_order, config.batch_size,
-            cache=self.folder / "cache", progress=self.accelerator.is_main_process,
+            self.sampler, self.probe, share, split, self.teacher.steps, self.teacher.order, config.batch_size,
+            cache=self.folder / "cache", progress=self.accelerator.is_main_process, scheduler=self.teacher.scheduler,
         )  # fmt: skip
         self.sampler.network_evaluations = before + found.network_evaluations  # those of an earlier, killed run too
         return share, found

@@ -1,13 +1,15 @@
 """Reference trajectories: many steps of a high-order classical solver with the run's own guidance, made once, kept on
-disk, and read off at any node. One reference serves every NFE and every method.
+disk, and read off at any node. One reference serves every NFE and every method. How far it is from converged is
+estimated by twice the steps on samples of its own.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,88 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from diffusers_dssolver.solver import MAX_NFE
+
 from .probe import ProbeScheduler, run
 from .sampling import Sampler
 from .state import Damaged, read_tensors, say, write_tensors
+from .stock import record, takes, teacher_scheduler
 
 Sample = tuple[Tensor, Tensor, float]  # angles (L+1,), states (L+1, ...), network evaluations
+EULER = "euler"
+FIRST_STEPS = 25  # that are tried where they are to be chosen
+CONVERGENCE_SAMPLES = 4
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """What makes references.
+
+    Attributes:
+        steps: L; 0: to be chosen by `convergence`.
+        order: of our own multistep.
+        scheduler: of diffusers, in its place.
+    """
+
+    steps: int
+    order: int = 3
+    scheduler: Any = None
+
+    @classmethod
+    def named(cls, name: str, steps: int, order: int, sampler: Sampler, probe: ProbeScheduler) -> Teacher:
+        """Ours of this order (""), of order 1 ("euler") or a scheduler of diffusers by class name.
+
+        Raises:
+            ValueError: one line, for a scheduler that cannot serve, or not with so many steps.
+        """
+        if name in ("", EULER):
+            return cls(steps, 1 if name == EULER else order)
+        config = sampler.pipe.scheduler.config
+        found = cls(steps, 1, teacher_scheduler(name, config, probe.path, probe.config.prediction_type))
+        if steps and not found.takes(steps, probe):
+            raise ValueError(
+                f"teacher_steps is {steps}; {name} cannot take so many; give 100, 200 or another scheduler"
+            )
+        return found
+
+    def takes(self, steps: int, probe: ProbeScheduler) -> bool:
+        """Whether it can take so many steps."""
+        return steps <= MAX_NFE and (self.scheduler is None or takes(self.scheduler, probe.path, steps))
+
+    def facts(self) -> dict[str, Any]:
+        """Plain data, for the record."""
+        kind = {"scheduler": type(self.scheduler).__name__} if self.scheduler else {"order": self.order}
+        return {"steps": self.steps, **kind}
+
+    def __str__(self) -> str:
+        how = f"{type(self.scheduler).__name__}" if self.scheduler else f"order {self.order}"
+        return f"{self.steps} steps of {how}"
+
+
+@dataclass(frozen=True)
+class Convergence:
+    """How far a teacher is from converged.
+
+    Attributes:
+        steps: the teacher's, given or chosen.
+        estimated_mse: mean squared difference of its final states and those of `against` steps.
+        relative: that, over the variance of the final states.
+        against: twice the steps; half, where the solver cannot take twice as many.
+        samples: it was estimated on.
+    """
+
+    steps: int
+    estimated_mse: float
+    relative: float
+    against: int
+    samples: int = CONVERGENCE_SAMPLES
+
+    def line(self, teacher: Teacher, tolerance: float) -> str:
+        """For the user."""
+        measured = f"against {self.against} steps, {self.samples} samples"
+        missed = f"; {self.relative:.1g} of the variance misses teacher_tolerance {tolerance:g}"
+        told = missed if self.relative > tolerance else ""
+        return f"teacher: {teacher}; estimated mse {self.estimated_mse:.1g} ({measured}){told}"
 
 
 @dataclass(frozen=True)
@@ -69,19 +148,20 @@ def reference(
     batch_size: int,
     cache: Path | None = None,
     progress: bool = True,
+    scheduler: Any = None,
 ) -> Reference:
     """Reference trajectories of these samples, in the precision of the run but at least float32.
 
     Args:
         steps, order: of the classical solver (Adams-Bashforth or DPM-Solver++) on uniform nodes; order 1 is the
             paper's Euler or DDIM.
+        scheduler: of diffusers (`stock.teacher_scheduler`), in that solver's place; on its own nodes.
         batch_size: samples per pipeline call.
         cache: a folder with one file per sample, under a name made of everything that its trajectory depends on; what
             lies there is read, what is missing or damaged is made and put there. A batch lacking any sample is run
             whole, so that a resumed run computes what the killed one would have.
     """
-    key = {**sampler.fingerprint(indices), **_setting(sampler, split, steps, order)} if cache else {}
-    nodes = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    key = {**sampler.fingerprint(indices), **_setting(sampler, split, steps, order, scheduler)} if cache else {}
     batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
     angles, states, evaluations = torch.empty(0), [], 0.0
     for batch in tqdm(batches, desc=f"reference, {split}", unit="batch", disable=not progress):
@@ -89,12 +169,10 @@ def reference(
         stored = [_stored(file) for file in files]
         if not all(stored):
             before = sampler.network_evaluations
-            probe.prepare(nodes, order=order)
-            made = run(sampler, probe, batch, split, steps)
+            made, angles = _made(sampler, probe, Teacher(steps, order, scheduler), batch, split)
             dtype = torch.promote_types(made[0].dtype, torch.float32)
             whole = torch.stack([s[: len(batch)].to("cpu", dtype) for s in made])
             cost = (sampler.network_evaluations - before) / len(batch)
-            angles = probe.angle(probe.nodes)
             for k, file in enumerate(files):
                 if not stored[k]:
                     stored[k] = (angles, whole[:, k], cost)
@@ -106,10 +184,70 @@ def reference(
     return Reference(angles, torch.cat(states, dim=1), round(evaluations))
 
 
-def _setting(sampler: Sampler, split: str, steps: int, order: int) -> dict[str, Any]:
+def convergence(
+    sampler: Sampler, probe: ProbeScheduler, teacher: Teacher, tolerance: float, above: int, batch_size: int
+) -> Convergence:
+    """How far the teacher is from converged, and with steps = 0 how many it shall take: 25, 50, 100, .. until twice as
+    many change the final states by a mean square of at most `tolerance` times their variance. If none does, or the
+    solver cannot take twice as many, it is the most that were tried, and the estimate is the change from half of them.
+
+    Args:
+        above: a chosen step count is larger than this one.
+        batch_size: samples per pipeline call.
+
+    Raises:
+        ValueError: if the final states are not finite, or no step count can be chosen.
+    """
+    finals: dict[int, Tensor] = {}
+
+    def final(steps: int) -> Tensor:
+        if steps not in finals:
+            trying, parts = replace(teacher, steps=steps), []
+            for first in range(0, CONVERGENCE_SAMPLES, batch_size):
+                batch = range(first, min(first + batch_size, CONVERGENCE_SAMPLES))
+                parts.append(_made(sampler, probe, trying, batch, "convergence")[0][-1][: len(batch)].double().cpu())
+            finals[steps] = torch.cat(parts)
+        return finals[steps]
+
+    def compared(steps: int, against: int) -> Convergence:
+        mse = float((final(steps) - final(against)).square().mean())
+        return Convergence(steps, mse, mse / float(final(max(steps, against)).var()), against)
+
+    steps, chosen = teacher.steps or FIRST_STEPS, teacher.steps == 0
+    while chosen and steps <= above:
+        steps *= 2
+    if not teacher.takes(steps, probe):
+        raise ValueError(f"teacher_steps = 0 finds none above {above} calls; give teacher_steps")
+    while True:
+        finer = teacher.takes(2 * steps, probe)
+        found = compared(steps, 2 * steps if finer else max(steps // 2, 1))
+        if not (chosen and finer) or found.relative <= tolerance:
+            break
+        steps *= 2
+    if not math.isfinite(found.relative):
+        raise ValueError(f"the final states of {steps} teacher steps are not finite; give more teacher_steps")
+    return found
+
+
+def _made(
+    sampler: Sampler, probe: ProbeScheduler, teacher: Teacher, batch: Sequence[int], split: str
+) -> tuple[list[Tensor], Tensor]:
+    """One pipeline call: the L+1 states, with the rows that guidance doubles, and their angles."""
+    if teacher.scheduler is not None:
+        return record(sampler, teacher.scheduler, probe.path, batch, split, teacher.steps)
+    probe.prepare(torch.linspace(1, 0, teacher.steps + 1, dtype=torch.float64), order=teacher.order)
+    states = run(sampler, probe, batch, split, teacher.steps)
+    return states, probe.angle(probe.nodes)
+
+
+def _setting(sampler: Sampler, split: str, steps: int, order: int, scheduler: Any) -> dict[str, Any]:
     """What a trajectory depends on beside the sampler's own fingerprint."""
     versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
-    return {"split": split, "steps": steps, "order": order, "dtype": str(sampler.pipe.dtype), "versions": versions}
+    setting = {"split": split, "steps": steps, "order": order, "dtype": str(sampler.pipe.dtype), "versions": versions}
+    if scheduler is not None:
+        config = {k: v for k, v in scheduler.config.items() if not k.startswith("_")}
+        setting |= {"scheduler": type(scheduler).__name__, "config": json.dumps(config, sort_keys=True, default=str)}
+    return setting
 
 
 def _file(cache: Path | None, key: dict[str, Any], index: int) -> Path | None:

@@ -35,6 +35,7 @@ SETTINGS = {
     "paper": {**PAPER, "num_generated_samples": 16, "batch_size": 2},
 }
 METHODS = tuple(SETTINGS)
+ESTIMATE = 2 * (20 + 40)  # steps for the teacher's error: two batches of two samples, and twice the steps
 pytestmark = pytest.mark.filterwarnings("ignore:.*torchvision.*")
 
 
@@ -258,16 +259,17 @@ def test_killed_again_and_again(server, whole, tmp_path):
 @pytest.mark.parametrize("method, spent", [("closed_form", 2 * 2 * 20), ("paper", 2 * 2 * 20)])
 def test_killed_teacher_loses_at_most_one_batch(method, spent, server, whole, tmp_path):
     """20 steps a batch: killed in the first step of the second batch, the first is not run again."""
-    server((method, tmp_path, ("step", 21)))
+    server((method, tmp_path, ("step", ESTIMATE + 21)))
     assert len(list((tmp_path / "cache").glob("reference-*.safetensors"))) == 2
     server.finish(method, tmp_path)
-    assert server.counts()["step"] == whole[method][1]["step"] - 20
+    assert server.counts()["step"] == whole[method][1]["step"] - ESTIMATE - 20
     same(tmp_path, whole, method)
 
 
 def test_killed_search_replays_its_trials(server, whole, tmp_path):
     """Only what follows the last finished trial is run."""
     teacher, before = 20 * (2 + 2), 5  # batches of two; trials of three steps
+    teacher += ESTIMATE
     server(("closed_form", tmp_path, ("step", teacher + 3 * before + 2)))
     assert len((tmp_path / "trials.jsonl").read_text().splitlines()) == before
     server.finish("closed_form", tmp_path)
@@ -434,7 +436,7 @@ def test_damaged_or_foreign_checkpoint_is_left_out(damage, server, whole, tmp_pa
 
 
 def test_damaged_line_of_the_journal_is_left_out(server, whole, tmp_path):
-    server(("closed_form", tmp_path, ("step", 20 * (2 + 2) + 3 * 5 + 2)))
+    server(("closed_form", tmp_path, ("step", ESTIMATE + 20 * (2 + 2) + 3 * 5 + 2)))
     file = tmp_path / "trials.jsonl"
     lines = file.read_bytes().splitlines(keepends=True)
     file.write_bytes(lines[0] + flip(lines[1], 40) + b"\xff\n" + lines[2] + b"[]\n")
@@ -442,7 +444,7 @@ def test_damaged_line_of_the_journal_is_left_out(server, whole, tmp_path):
         metrics.write('{"nfe": 3, "warp"')
     log = server.finish("closed_form", tmp_path)
     assert log.count("trials.jsonl, line") == 3 == log.count("damaged and left out")
-    assert server.counts()["step"] == whole["closed_form"][1]["step"] - 20 * (2 + 2) - 3 * 2
+    assert server.counts()["step"] == whole["closed_form"][1]["step"] - ESTIMATE - 20 * (2 + 2) - 3 * 2
     same(tmp_path, whole, "closed_form")
 
 
