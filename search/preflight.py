@@ -113,7 +113,7 @@ def preflight(
     """
     if nfe < 2 or samples < 1:
         raise ValueError(f"nfe is {nfe} and samples {samples}; 2 and 1 are the least")
-    with _uncounted(sampler):
+    with uncounted(sampler):
         trial = _Trial(sampler, probe, nfe, samples)
         found = trial.forwards()
         if not gradients:
@@ -302,7 +302,7 @@ def _guidance(calls: float, evaluations: float) -> str:
 
 
 @contextmanager
-def _uncounted(sampler: Sampler) -> Iterator[None]:
+def uncounted(sampler: Sampler) -> Iterator[None]:
     """The sampler counting from 0, and put back afterwards."""
     before = sampler.network_evaluations, sampler.network_calls
     sampler.network_evaluations = sampler.network_calls = 0

@@ -1,6 +1,7 @@
 """The scheduler of the search: run inside a pipeline's ordinary call it *is* the differentiable sampler of that
 pipeline. It records every state, takes nodes and coefficients that may be live tensors, can solve for each row where
-the history and the reference's next state meet, and leaves the call after the last step, before anything is decoded.
+the history and the reference's next state meet, and leaves the call after the last step, before anything is decoded,
+unless the decoded output is asked for.
 
 Gradients: `set_timesteps` switches them on (the pipeline's own no_grad puts the mode back when its call ends) and
 `step` clones what pipelines may write into. While such a run lasts, the forward of every network that takes a time is
@@ -49,10 +50,13 @@ class ProbeScheduler(DSSolverScheduler):
     Attributes after a run:
         states: the N+1 states, first to last, each (B, ...).
         rows: the N rows that were used.
+        output: what the pipeline's call gave, of a run that decodes.
     """
 
     checkpointed = True
-    _twin = False
+    output: Any = None
+    _twin = _decode = False
+    _final: Tensor | None = None
 
     def prepare(
         self,
@@ -63,6 +67,8 @@ class ProbeScheduler(DSSolverScheduler):
         offsets: Tensor | None = None,
         targets: Sequence[Tensor] | None = None,
         row_solver: RowSolver | None = None,
+        decode: bool = False,
+        final: Tensor | None = None,
     ) -> None:
         """What the next run shall do.
 
@@ -73,8 +79,11 @@ class ProbeScheduler(DSSolverScheduler):
                 Gradients flow to nodes, rows and offsets, to each that requires them.
             targets: N+1 reference states to fit rows to, for `row_solver`.
             row_solver: given, every row but the first is classical + the corrections that it returns.
+            decode: the call goes on to its end after the last step, and its result is `output`.
+            final: (B, ...) what the last step gives in place of its own result.
         """
         self._plan = (nodes, rows, order, offsets)
+        self._decode, self._final = decode, final
         self._targets, self._row_solver = targets, row_solver
         numbers = (nodes, offsets, *(w for row in rows or () for w in row))
         self._live = torch.is_grad_enabled() and any(isinstance(n, Tensor) and n.requires_grad for n in numbers)
@@ -82,6 +91,7 @@ class ProbeScheduler(DSSolverScheduler):
     def prepare_spec(self, spec: SolverSpec) -> None:
         """The next run is this solver's, as it would be published."""
         self._plan, self._targets, self._row_solver, self._live = spec, None, None, False
+        self._decode, self._final = False, None
 
     def final_nodes(self, nodes: Tensor) -> Tensor:
         """Nodes after the path's first node and the model's resolution shift, as they are integrated and published."""
@@ -152,8 +162,11 @@ class ProbeScheduler(DSSolverScheduler):
         if not self.states:
             self.states.append(sample)
         result = super().step(model_output, timestep, sample, *args, **kwargs)
+        if self._final is not None and len(self.states) == len(self.timesteps) and not self._twin:
+            final = _as_batch(self._final.to(result[0]), sample)
+            result = (final, *result[1:]) if isinstance(result, tuple) else type(result)(final, *result.to_tuple()[1:])
         self.states.append(result[0])
-        if len(self.states) == len(self.timesteps) + 1 and not self._twin:
+        if len(self.states) == len(self.timesteps) + 1 and not self._twin and not self._decode:
             raise RunFinished
         return result
 
@@ -248,8 +261,7 @@ class ProbeScheduler(DSSolverScheduler):
 
     def _solved_row(self, prior: list[Scalar], index: int, x: Tensor) -> list[Scalar]:
         """prior + (delta_0, .., delta_{i-1}, -sum delta), delta fitted to what the prior leaves of the reference."""
-        target = self._targets[index + 1].to(x)
-        target = target.repeat(x.shape[0] // target.shape[0], *[1] * (x.ndim - 1))  # guidance may double the batch
+        target = _as_batch(self._targets[index + 1].to(x), x)
         newest = self._history[-1]
         left = target - step(x, self._history, prior, self._a[index], self._b[index])
         columns = torch.stack([(self._b[index] * (d - newest)).flatten() for d in self._history[:-1]])
@@ -264,6 +276,11 @@ class ProbeScheduler(DSSolverScheduler):
         return SolverSpec(self.nodes.detach().tolist()[: n + 1], full, self._fed)
 
 
+def _as_batch(states: Tensor, x: Tensor) -> Tensor:
+    """A copy, as often as guidance has it in the batch x."""
+    return states.repeat(x.shape[0] // states.shape[0], *[1] * (x.ndim - 1))
+
+
 def run(sampler: Sampler, probe: ProbeScheduler, indices: Sequence[int], split: str, nfe: int) -> list[Tensor]:
     """One prepared run: the N+1 states.
 
@@ -273,13 +290,15 @@ def run(sampler: Sampler, probe: ProbeScheduler, indices: Sequence[int], split: 
     name = type(sampler.pipe).__name__
     with sampler.using(probe), probe.around(sampler.timed.values()):
         try:
-            sampler(indices, split, nfe)
+            probe.output = sampler(indices, split, nfe)
         except RunFinished:
             return probe.states
         if sampler.pipe.scheduler is not probe:
             other = type(sampler.pipe.scheduler).__name__
             raise ValueError(f"{name} puts a {other} of its own in the scheduler's place, so no solver can reach it")
     taken = max(len(probe.states) - 1, 0)
+    if probe._decode and taken == nfe:
+        return probe.states
     raise ValueError(
         f"{name} ended its loop without taking all {nfe} steps, but {taken}; leave out what takes a part of them, or "
         "give strength=1 to a pipeline that starts from a picture"
