@@ -299,8 +299,8 @@ class Perceptual:
             change = (again - images.detach()).double().norm() / images.detach().double().norm().clamp(min=1e-30)
             if not change <= REPEATED:
                 raise ValueError(
-                    f"{self.name} decodes one final state to other images each time (relative change {change:.2g}), so "
-                    f"no image belongs to a sample; {OTHERWISE}"
+                    f"{self.name} decodes the same final state to other images in a call of {self._steps} steps (relative "
+                    f"change {change:.2g}), so the teacher's cannot be made; {OTHERWISE}"
                 )
         shape = " x ".join(map(str, images.shape[1:]))
         return f"Objective perceptual: images of {shape}, {len(features)} layers of features."

@@ -277,8 +277,8 @@ class Search:
             return better, {}
         if not quiet:
             say(
-                f"held out at {nfe} calls: perceptual loss {descent.before:.4g} -> {descent.reached:.4g}, final-state mse "
-                f"{found.validation_mse:.4g} -> {better.validation_mse:.4g}"
+                f"held out at {nfe} calls: perceptual loss {descent.before:.4g} -> {descent.reached:.4g}, final-state "
+                f"mse {found.validation_mse:.4g} -> {better.validation_mse:.4g}"
             )
         return better, {"validation_perceptual": descent.reached, "validation_perceptual_before": descent.before}
 
@@ -510,11 +510,9 @@ class Search:
 
     def _found_state(self) -> dict[str, Any]:
         resumable = {k: v for k, v in asdict(self.config).items() if k not in NOT_IN_KEY}
-        made_of = [
-            resumable,
-            self.sampler.fingerprint(),
-            *([self.perceptual.network.digest] if self.perceptual else []),
-        ]
+        made_of = [resumable, self.sampler.fingerprint()]
+        if self.perceptual:
+            made_of.append(self.perceptual.network.digest)
         key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
         files = [file for file in (self.folder / STATE, self.folder / PREVIOUS) if file.exists()]
         if files and self.config.resume_from_checkpoint == "none":
