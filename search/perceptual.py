@@ -124,7 +124,8 @@ class FeatureNetwork(nn.Module):
 
     def __init__(self, network: nn.Module, name: str) -> None:
         super().__init__()
-        self.network, self.name = network.float().eval().requires_grad_(False), name
+        self.network, self.name = network.float(), name
+        self.eval().requires_grad_(False)
         told = hashlib.sha256(repr(getattr(network, "preparation", None)).encode())
         for key, value in sorted(network.state_dict().items()):
             if isinstance(value, Tensor):
@@ -299,8 +300,8 @@ class Perceptual:
             change = (again - images.detach()).double().norm() / images.detach().double().norm().clamp(min=1e-30)
             if not change <= REPEATED:
                 raise ValueError(
-                    f"{self.name} decodes the same final state to other images in a call of {self._steps} steps (relative "
-                    f"change {change:.2g}), so the teacher's cannot be made; {OTHERWISE}"
+                    f"{self.name} decodes the same final state to other images in a call of {self._steps} steps "
+                    f"(relative change {change:.2g}), so the teacher's cannot be made; {OTHERWISE}"
                 )
         shape = " x ".join(map(str, images.shape[1:]))
         return f"Objective perceptual: images of {shape}, {len(features)} layers of features."
