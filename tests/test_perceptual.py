@@ -30,7 +30,9 @@ from dssolver_search.probe import run
 from dssolver_search.sampling import Sampler, freeze
 from dssolver_search.teacher import reference
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torchvision.*")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*torchvision.*", "ignore:Converting a tensor.*", "ignore:.*FluxPosEmbed.*:FutureWarning"
+)
 LATENT = ("SiT", "Stable Diffusion")
 
 
@@ -89,7 +91,7 @@ def form_of(sampler, samples=3):
     probe = make_probe(sampler)
 
     def made(split):
-        found = reference(sampler, probe, range(samples), split, 12, 2, samples, progress=False)
+        found = reference(sampler, probe, range(samples), split, 6, 2, samples, progress=False)
         return range(samples), dataclasses.replace(found, states=found.states.double())
 
     return ClosedForm(sampler, probe, made("train"), made("validation"), samples, alone)
@@ -150,9 +152,9 @@ def test_gray_images_and_frames_are_pictures_too():
 
 @pytest.mark.parametrize("name", LATENT)
 def test_gradient_is_the_central_difference(name, exact):  # noqa: F811
-    form = form_of(latent(name))
+    form = form_of(latent(name), 3 if name == "SiT" else 2)
     perceptual = perceptual_of(form)
-    found = form.fit(4, WARP, 1e-3)
+    found = form.fit(3, WARP, 1e-3)
     parameters = around(form, found)
     torch.manual_seed(0)
     start = 0.05 * torch.randn(parameters.count, dtype=torch.float64)
@@ -166,17 +168,17 @@ def test_gradient_is_the_central_difference(name, exact):  # noqa: F811
         raw, rows, offsets = parameters.numbers()
         form.probe.prepare(raw, rows, offsets=offsets, decode=True)
         indices, _ = form.train
-        return float(perceptual.loss(perceptual.images(indices, "train", 4)[1], "train", indices))
+        return float(perceptual.loss(perceptual.images(indices, "train", 3)[1], "train", indices))
 
-    assert value == pytest.approx(loss(start), rel=1e-8)  # the sum over batches of two and one
+    assert value == pytest.approx(loss(start), rel=1e-8)  # the sum over batches
     at = 0
     for group in GROUPS:  # one direction each
         size = getattr(parameters, f"free_{group}").numel()
         way = torch.zeros_like(start)
         way[at : at + size] = torch.randn(size, dtype=torch.float64)
-        # what a network is fed is rounded to float32 in places: differences of several sizes, and the nearest counts
-        slopes = [(loss(start + h * way) - loss(start - h * way)) / (2 * h) for h in (1e-2, 1e-3, 1e-4)]
-        assert abs(slopes[1]) > 1e-7, group
+        # pixels are cut off at 0 and 1, times are float32 in places: differences of several sizes, the nearest counts
+        slopes = [(loss(start + h * way) - loss(start - h * way)) / (2 * h) for h in (1e-3, 3e-4, 1e-4)]
+        assert abs(slopes[0]) > 1e-6, group
         nearest = min(slopes, key=lambda s: abs(s - float(gradient @ way)))
         assert float(gradient @ way) == pytest.approx(nearest, rel=2e-3), group
         at += size
@@ -184,7 +186,7 @@ def test_gradient_is_the_central_difference(name, exact):  # noqa: F811
 
 @pytest.mark.parametrize("name", [*LATENT, "DiT", "Wan"])
 def test_the_teachers_own_images_have_no_distance_and_cost_one_evaluation(name, exact):  # noqa: F811
-    """The final state in place of the last step's, in a call of one step and in one of three; DiT and Stable Diffusion
+    """The final state in place of the last step's, in a call of one step and in one of two; DiT and Stable Diffusion
     hold each state twice, Wan gives frames."""
     sampler = latent(name)
     form = form_of(sampler, 2)
@@ -196,13 +198,13 @@ def test_the_teachers_own_images_have_no_distance_and_cost_one_evaluation(name, 
     perceptual.remember("train", form.train)
     per_step = 2  # guidance
     assert sampler.network_evaluations - before == per_step * len(indices)
-    for nfe in (1, 3):
+    for nfe in (1, 2):
         form.probe.prepare(torch.linspace(1, 0, nfe + 1, dtype=torch.float64), final=teacher.final, decode=True)
         states, images = perceptual.images(indices, "train", nfe)
         torch.testing.assert_close(states[-1][:2], teacher.final)
         assert images.shape[-3] == 3 and 0 <= images.min() < images.max() <= 1
         assert float(perceptual.loss(images, "train", indices)) < 1e-12
-        assert float(perceptual.loss(images.flip(0), "train", indices)) > 1e-5
+        assert float(perceptual.loss(images.flip(0), "train", indices)) > 1e-8
     halves = [float(perceptual.loss(images.flip(0)[i : i + 1], "train", [i])) for i in (0, 1)]
     assert float(perceptual.loss(images.flip(0), "train", indices)) == pytest.approx(sum(halves) / 2, rel=1e-9)
     assert "output_type" not in sampler.call
@@ -226,6 +228,8 @@ def test_a_safety_checker_is_left_out_and_put_back(exact):  # noqa: F811
     seen = []
 
     class Checker(nn.Module):
+        device, dtype = torch.device("cpu"), torch.float64
+
         def forward(self, *args, **kwargs):
             seen.append(args)
 
@@ -376,30 +380,30 @@ def test_networks_that_do_not_serve_are_refused(network, reason):
 class Arrays(SiTPipeline):
     """As pipelines that leave torch before they give their pictures."""
 
-    def __call__(self, class_labels, output_type="pil", **kwargs):
-        images = super().__call__(class_labels, output_type="pt", **kwargs)[0]
+    def __call__(self, class_labels, guidance_scale=1.5, output_type="pil", **kwargs):
+        images = super().__call__(class_labels, guidance_scale, output_type="pt", **kwargs)[0]
         return (torch.from_numpy(images.numpy()),)
 
 
 class Lists(SiTPipeline):
-    def __call__(self, class_labels, output_type="pil", **kwargs):
-        return super().__call__(class_labels, output_type="latent", **kwargs)[0].detach().numpy(), None
+    def __call__(self, class_labels, guidance_scale=1.5, output_type="pil", **kwargs):
+        return super().__call__(class_labels, guidance_scale, output_type="latent", **kwargs)[0].detach().numpy(), None
 
 
 class NoGraph(SiTPipeline):
-    def __call__(self, class_labels, output_type="pil", **kwargs):
-        return (super().__call__(class_labels, output_type=output_type, **kwargs)[0].detach(),)
+    def __call__(self, class_labels, guidance_scale=1.5, output_type="pil", **kwargs):
+        return (super().__call__(class_labels, guidance_scale, output_type=output_type, **kwargs)[0].detach(),)
 
 
 class Sounds(SiTPipeline):
-    def __call__(self, class_labels, output_type="pil", **kwargs):
-        return (super().__call__(class_labels, output_type=output_type, **kwargs)[0].flatten(1),)
+    def __call__(self, class_labels, guidance_scale=1.5, output_type="pil", **kwargs):
+        return (super().__call__(class_labels, guidance_scale, output_type=output_type, **kwargs)[0].flatten(1),)
 
 
 class Restless(SiTPipeline):
-    def __call__(self, class_labels, output_type="pil", num_inference_steps=1, **kwargs):
-        kwargs["num_inference_steps"] = num_inference_steps
-        images = super().__call__(class_labels, output_type=output_type, **kwargs)[0]
+    def __call__(self, class_labels, guidance_scale=1.5, output_type="pil", num_inference_steps=1, **kwargs):
+        kwargs |= {"output_type": output_type, "num_inference_steps": num_inference_steps}
+        images = super().__call__(class_labels, guidance_scale, **kwargs)[0]
         return (images + 0.1 * num_inference_steps,)
 
 
@@ -432,7 +436,10 @@ def test_pipelines_without_differentiable_images_are_refused(cls, reason):
 
 # --- command ----------------------------------------------------------------------------------------------------------
 
-PERCEPTUAL = {**GRADIENT, "objective": "perceptual", "feature_network": f"{__name__}:factory", "batch_size": 3}
+PERCEPTUAL = {
+    **GRADIENT, "objective": "perceptual", "feature_network": f"{__name__}:factory", "batch_size": 3, "polish": 0,
+    "trials": 1, "gradient_calls": 1,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -448,13 +455,14 @@ def facts_of(folder):
 
 
 def test_a_search_lowers_the_held_out_perceptual_loss(model, tmp_path, capsys):
-    search(model, tmp_path, PERCEPTUAL, polish=0)
+    settings = {**PERCEPTUAL, "num_train_samples": 8, "gradient_calls": 7, "ridge": 1e3}  # from next to classical rows
+    search(model, tmp_path, settings)
     printed = capsys.readouterr().err
     result = facts_of(tmp_path)["results"]["3"]
     stage = result["stages"][-1]
     assert stage["stage"] == "gradient"
     after, before = stage["validation_perceptual"], stage["validation_perceptual_before"]
-    assert 0 < after < 0.95 * before
+    assert 0 < after < 0.98 * before
     assert result["validation_mse"] == stage["validation_mse"]
     line = re.search(r"held out at 3 calls: perceptual loss (\S+) -> (\S+), final-state mse (\S+) -> (\S+)", printed)
     mse = result["stages"][0]["validation_mse"], stage["validation_mse"]
@@ -462,7 +470,7 @@ def test_a_search_lowers_the_held_out_perceptual_loss(model, tmp_path, capsys):
     assert "Objective perceptual: images of 1 x 4 x 4, 2 layers of features." in printed
     calls = [entry for entry in lines_of(tmp_path) if "loss" in entry]
     assert min(c["best_validation_perceptual"] for c in calls) == calls[-1]["best_validation_perceptual"] == after
-    train, held_out, guided = PERCEPTUAL["num_train_samples"], PERCEPTUAL["num_validation_samples"], 2
+    train, held_out, guided = settings["num_train_samples"], settings["num_validation_samples"], 2
     counted = 3 * guided * (held_out + 4 * train + len(calls) * (4 * train + held_out))  # before, scale, calls
     assert stage["network_evaluations"] == counted
 
@@ -488,7 +496,7 @@ def test_more_than_six_calls_fall_back_with_a_line(model, tmp_path, monkeypatch,
     plain = run_module.Descent
     monkeypatch.setattr(run_module, "Descent", lambda *args: seen.append(args[3]) or plain(*args))
     monkeypatch.setattr(run_module, "load_feature_network", lambda *args: pytest.fail("it is not needed"))
-    search(model, tmp_path, PERCEPTUAL, nfe=[7], polish=0, gradient_calls=1)
+    search(model, tmp_path, PERCEPTUAL, nfe=[7])
     assert seen == [terminal_loss]
     assert "objective perceptual is for up to 6 calls; terminal takes its place at 7" in capsys.readouterr().err
     assert "validation_perceptual" not in facts_of(tmp_path)["results"]["7"]["stages"][-1]
@@ -511,10 +519,10 @@ def test_a_search_that_cannot_work_ends_before_its_references(changes, reason, m
 
 
 def test_other_weights_are_another_search(model, tmp_path, monkeypatch, capsys):
-    search(model, tmp_path, PERCEPTUAL, polish=0, gradient_calls=1)
+    search(model, tmp_path, PERCEPTUAL)
     monkeypatch.setattr(sys.modules[__name__], "factory", lambda: TwoLayers(width=8))
     with pytest.raises(SystemExit):
-        search(model, tmp_path, PERCEPTUAL, polish=0, gradient_calls=1)
+        search(model, tmp_path, PERCEPTUAL)
     assert "holds another search" in capsys.readouterr().err
 
 
