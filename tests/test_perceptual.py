@@ -491,15 +491,18 @@ def test_the_descent_keeps_what_is_best_by_its_own_loss():
     assert mse == pytest.approx(again, rel=1e-4)
 
 
-def test_more_than_six_calls_fall_back_with_a_line(model, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("counts", [[7], [6, 7]])
+def test_more_than_six_calls_fall_back_with_a_line(counts, model, tmp_path, monkeypatch, capsys):
     seen = []
     plain = run_module.Descent
     monkeypatch.setattr(run_module, "Descent", lambda *args: seen.append(args[3]) or plain(*args))
-    monkeypatch.setattr(run_module, "load_feature_network", lambda *args: pytest.fail("it is not needed"))
-    search(model, tmp_path, PERCEPTUAL, nfe=[7])
+    if counts == [7]:
+        monkeypatch.setattr(run_module, "load_feature_network", lambda *args: pytest.fail("it is not needed"))
+    search(model, tmp_path, PERCEPTUAL, nfe=counts)
     assert seen == [terminal_loss]
     assert "objective perceptual is for up to 6 calls; terminal takes its place at 7" in capsys.readouterr().err
-    assert "validation_perceptual" not in facts_of(tmp_path)["results"]["7"]["stages"][-1]
+    results = facts_of(tmp_path)["results"]
+    assert [n for n in results if "validation_perceptual" in results[n]["stages"][-1]] == [str(n) for n in counts[:-1]]
 
 
 @pytest.mark.parametrize(
