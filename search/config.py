@@ -23,6 +23,7 @@ from diffusers_dssolver.solver import MAX_NFE
 METHODS = ("closed_form", "gradient", "paper")
 OPTIMIZERS = ("lbfgs", "adam", "lion")
 OBJECTIVES = ("terminal", "trajectory", "mixed", "paper")
+PERCEPTUAL = "perceptual"  # the objective on decoded images, see `perceptual`
 GROUPS = ("nodes", "coefficients", "times")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 T = TypeVar("T", bound="ModelConfig")
@@ -104,7 +105,13 @@ class SearchConfig(ModelConfig):
     )
     gradient_calls: int = option("gradient: evaluations of loss and gradient on all training samples", default=20)
     optimizer: str = option(f"gradient: {', '.join(OPTIMIZERS)}", default="lbfgs")
-    objective: str = option(f"gradient: {', '.join(OBJECTIVES)}", default="terminal")
+    objective: str = option(
+        f"gradient: {', '.join(OBJECTIVES)} or {PERCEPTUAL} (of decoded images, up to 6 calls)", default="terminal"
+    )
+    feature_network: str | None = option(
+        f"objective {PERCEPTUAL}: a vision model of transformers, Hub id or folder, or package.module:factory",
+        default=None,
+    )
     ridge: float = option("closed_form: pull of each row towards the classical one", default=1e-4)
     fill_nfe: list[int] = option(
         "closed_form: other step counts that get a table, first and last", default_factory=lambda: [3, 20]
@@ -127,7 +134,12 @@ class SearchConfig(ModelConfig):
         _require(self, "resume_from_checkpoint", self.resume_from_checkpoint in ("latest", "none"), "latest or none")
         _require(self, "teacher_order", self.teacher_order in (1, 2, 3), "1, 2 or 3")
         _require(self, "optimizer", self.optimizer in OPTIMIZERS, " or ".join(OPTIMIZERS))
-        _require(self, "objective", self.objective in OBJECTIVES, " or ".join(OBJECTIVES))
+        objectives = (*OBJECTIVES, PERCEPTUAL)
+        _require(self, "objective", self.objective in objectives, " or ".join(objectives))
+        if self.objective == PERCEPTUAL and not self.feature_network:
+            raise ValueError(f"objective {PERCEPTUAL} needs a feature_network; give one, or another objective")
+        if self.objective != PERCEPTUAL and self.feature_network is not None:
+            raise ValueError(f"feature_network is for objective {PERCEPTUAL}; leave it out, or give that objective")
         groups = bool(self.search_over) and set(self.search_over) <= set(GROUPS)
         _require(self, "search_over", groups, f"some of {', '.join(GROUPS)}")
         for name in ("polish", "polish_nfe", "fill_polish_nfe"):

@@ -11,7 +11,8 @@ arXiv 1412.6980 (Adam); Chen et al., arXiv 2302.06675 (Lion).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -56,7 +57,7 @@ class Descent:
     ) -> None:
         self.form, self.best, self.parameters = form, candidate, parameters
         self.loss, self.on_call = loss, on_call
-        self.since_best = 0
+        self.reached, self.since_best = candidate.validation_mse, 0  # the held-out error that is kept lowest
         indices, _ = form.train
         self.samples = float(form.reduce(torch.tensor(float(len(indices)), dtype=torch.float64)))
 
@@ -89,29 +90,41 @@ class Descent:
         return float(summed[-1])
 
     def _batch_loss(self, indices: Sequence[int], reference: Reference) -> Tensor:
-        form, raw = self.form, self.parameters.nodes()
-        form.probe.prepare(raw, self.parameters.rows(), offsets=self.parameters.offsets())
-        before = form.sampler.network_evaluations
-        states = run(form.sampler, form.probe, indices, "train", self.parameters.nfe)
-        backward = 3 if form.probe.checkpointed else 2  # it counts two, and one more if it computes all again
-        form.sampler.network_evaluations += backward * (form.sampler.network_evaluations - before)
-        angles = form.probe.angle(form.probe.final_nodes(raw))
+        with self._prepared():
+            states = run(self.form.sampler, self.form.probe, indices, "train", self.parameters.nfe)
+        angles = self.form.probe.angle(self.form.probe.final_nodes(self.parameters.nodes()))
         wanted = [reference.at(angle).to(states[0].device) for angle in angles]
         return self.loss([s[: len(indices)] for s in states], wanted)
+
+    @contextmanager
+    def _prepared(self, decode: bool = False) -> Iterator[None]:
+        """The probe prepared for one run of the parameters' solver, whose backward pass is counted too."""
+        form = self.form
+        numbers = self.parameters.nodes(), self.parameters.rows()
+        form.probe.prepare(*numbers, offsets=self.parameters.offsets(), decode=decode)
+        before = form.sampler.network_evaluations
+        yield
+        backward = 3 if form.probe.checkpointed else 2  # it counts two, and one more if it computes all again
+        form.sampler.network_evaluations += backward * (form.sampler.network_evaluations - before)
+
+    def _held_out(self, raw: Tensor, rows: Sequence[Sequence[float]], offsets: Tensor | None) -> tuple[float, float]:
+        """(error by which the best is kept, final-state mse) of these numbers on held-out samples."""
+        error = self.form.mean_square(self.form.errors("validation", raw, rows, offsets=offsets))
+        return error, error
 
     def judge(self, loss: float) -> None:
         """Keep the solver of the parameters as they are if it is the best on held-out samples."""
         raw, rows, offsets = self.parameters.numbers()
         self.since_best += 1
         try:
-            error = self.form.mean_square(self.form.errors("validation", raw, rows, offsets=offsets))
-            if math.isfinite(error) and comparable(error) < comparable(self.best.validation_mse):
+            error, mse = self._held_out(raw, rows, offsets)
+            if math.isfinite(error) and comparable(error) < comparable(self.reached):
                 spec = self.form.probe.spec()
-                self.best = replace(self.best, raw=raw, spec=spec, offsets=offsets, validation_mse=error)
-                self.since_best = 0
+                self.best = replace(self.best, raw=raw, spec=spec, offsets=offsets, validation_mse=mse)
+                self.reached, self.since_best = error, 0
         except ValueError:
             pass  # nodes or times that no longer fall: too long a step
-        self.on_call(loss, self.best.validation_mse)
+        self.on_call(loss, self.reached)
         if self.since_best >= PATIENCE or not math.isfinite(loss):
             raise NoProgress
 

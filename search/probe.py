@@ -1,6 +1,7 @@
 """The scheduler of the search: run inside a pipeline's ordinary call it *is* the differentiable sampler of that
 pipeline. It records every state, takes nodes and coefficients that may be live tensors, can show what a step has to
-work with and end there, and leaves the call after the last step, before anything is decoded.
+work with and end there, and leaves the call after the last step, before anything is decoded, unless the decoded output
+is asked for.
 
 Gradients: `set_timesteps` switches them on (the pipeline's own no_grad puts the mode back when its call ends) and
 `step` clones what pipelines may write into. While such a run lasts, the forward of every network that takes a time is
@@ -50,11 +51,14 @@ class ProbeScheduler(DSSolverScheduler):
     Attributes after a run:
         states: the N+1 states, first to last, each (B, ...).
         rows: the N rows that were used.
+        output: what the pipeline's call gave, of a run that decodes.
     """
 
     checkpointed = True
     states: Sequence[Tensor] = ()
-    _twin = False
+    output: Any = None
+    _twin = _decode = False
+    _final: Tensor | None = None
 
     def prepare(
         self,
@@ -65,6 +69,8 @@ class ProbeScheduler(DSSolverScheduler):
         offsets: Tensor | None = None,
         until: int | None = None,
         watch: tuple[Tensor, Watcher] | None = None,
+        decode: bool = False,
+        final: Tensor | None = None,
     ) -> None:
         """What the next run shall do.
 
@@ -78,15 +84,19 @@ class ProbeScheduler(DSSolverScheduler):
             watch: (target, watcher): there, the watcher is shown that step's row, target (B, ...) minus the state that
                 this row makes, and the change of that state per unit of weight moved from the newest output to each
                 earlier one.
+            decode: the call goes on to its end after the last step, and its result is `output`.
+            final: (B, ...) what the last step gives in place of its own result.
         """
         self._plan = (nodes, rows, order, offsets)
         self._until, self._watch = until, watch
+        self._decode, self._final = decode, final
         numbers = (nodes, offsets, *(w for row in rows or () for w in row))
         self._live = torch.is_grad_enabled() and any(isinstance(n, Tensor) and n.requires_grad for n in numbers)
 
     def prepare_spec(self, spec: SolverSpec) -> None:
         """The next run is this solver's, as it would be published."""
         self._plan, self._until, self._watch, self._live = spec, None, None, False
+        self._decode, self._final = False, None
 
     def final_nodes(self, nodes: Tensor) -> Tensor:
         """Nodes after the path's first node and the model's resolution shift, as they are integrated and published."""
@@ -163,8 +173,11 @@ class ProbeScheduler(DSSolverScheduler):
         if not self.states:
             self.states.append(sample)
         result = super().step(model_output, timestep, sample, *args, **kwargs)
+        if self._final is not None and len(self.states) == len(self.timesteps) and not self._twin:
+            final = _as_batch(self._final.to(result[0]), sample)
+            result = (final, *result[1:]) if isinstance(result, tuple) else type(result)(final, *result.to_tuple()[1:])
         self.states.append(result[0])
-        if len(self.states) == len(self.timesteps) + 1 and not self._twin:
+        if len(self.states) == len(self.timesteps) + 1 and not self._twin and not self._decode:
             raise RunFinished
         return result
 
@@ -252,9 +265,7 @@ class ProbeScheduler(DSSolverScheduler):
         return row
 
     def _show(self, index: int, x: Tensor, row: list[Scalar], target: Tensor, watcher: Watcher) -> None:
-        target = target.to(x)
-        target = target.repeat(x.shape[0] // target.shape[0], *[1] * (x.ndim - 1))  # guidance may double the batch
-        left = target - step(x, self._history, row, self._a[index], self._b[index])
+        left = _as_batch(target.to(x), x) - step(x, self._history, row, self._a[index], self._b[index])
         newest = self._history[-1]
         columns = torch.stack([(self._b[index] * (d - newest)).flatten() for d in self._history[:-1]])
         watcher(row, left.flatten(), columns)
@@ -270,6 +281,11 @@ class ProbeScheduler(DSSolverScheduler):
         rows = [[float(w) for w in row] for row in self.rows]
         full = [[0.0] * (i + 1 - len(row)) + row for i, row in enumerate(rows)]
         return SolverSpec(self.nodes.detach().tolist()[: n + 1], full, self._fed)
+
+
+def _as_batch(states: Tensor, x: Tensor) -> Tensor:
+    """A copy, as often as guidance has it in the batch x."""
+    return states.repeat(x.shape[0] // states.shape[0], *[1] * (x.ndim - 1))
 
 
 def run(
@@ -294,12 +310,14 @@ def run(
     again = replay.around(sampler, probe, unchanged) if replay else nullcontext()
     with sampler.using(probe), probe.around(sampler.timed.values()), again:
         try:
-            sampler(indices, split, nfe)
+            probe.output = sampler(indices, split, nfe)
         except RunFinished:
             return probe.states
         if sampler.pipe.scheduler is not probe:
             other = type(sampler.pipe.scheduler).__name__
             raise ValueError(f"{name} puts a {other} of its own in the scheduler's place, so no solver can reach it")
+    if probe._decode and probe.steps_taken == nfe:
+        return probe.states
     raise ValueError(
         f"{name} ended its loop without taking all {nfe} steps, but {probe.steps_taken}; leave out what takes a part "
         "of them, or give strength=1 to a pipeline that starts from a picture"

@@ -26,11 +26,12 @@ from diffusers_dssolver import DSSolverScheduler
 from diffusers_dssolver.solver import SolverSpec
 
 from .closed_form import FINAL_FITS, IDENTITY, Candidate, ClosedForm, Samples, comparable, warped_nodes
-from .config import SearchConfig
+from .config import PERCEPTUAL, SearchConfig
 from .fit import fit
 from .gradient import Descent
 from .objective import OBJECTIVES, paper_loss
 from .parameters import PaperParameters
+from .perceptual import MOST_CALLS, Perceptual, PerceptualDescent, load_feature_network
 from .polish import Polish, around, polish
 from .preflight import preflight
 from .probe import ProbeScheduler, run
@@ -128,6 +129,7 @@ class Search:
             config.teacher_scheduler, config.teacher_steps, config.teacher_order, self.sampler, self.probe
         )
         self.descending = config.search_over
+        self.perceptual = self._perceptual()
         self.splits = {"train": config.num_train_samples, "validation": config.num_validation_samples}
         if config.method == "paper":
             del self.splits["train"]  # it generates its own
@@ -139,6 +141,15 @@ class Search:
             self.sampler.network_evaluations = sum(kept) + self.state["derived_network_evaluations"]
             drop_torn_line(self.folder / METRICS)
         self.journal = Journal(self.folder / JOURNAL, self.state["key"], self.accelerator)
+
+    def _perceptual(self) -> Perceptual | None:
+        """The objective on images, if any step count of this search is for it."""
+        config = self.config
+        wanted = config.method == "gradient" and config.objective == PERCEPTUAL and min(config.nfe) <= MOST_CALLS
+        if not wanted or config.feature_network is None:
+            return None
+        network = load_feature_network(config.feature_network, self.accelerator.device)
+        return Perceptual(network, self.sampler, self.probe)
 
     # --- command ---------------------------------------------------------------------------------------------------
 
@@ -176,6 +187,9 @@ class Search:
             journal=self.journal,
             count=self._evaluations,
         )
+        if self.perceptual and not all(self._has(nfe) for nfe in self.config.nfe):
+            for split, samples in (("train", form.train), ("validation", form.validation)):
+                self.perceptual.remember(split, list(form.batches(samples)), self.accelerator.is_main_process)
         for nfe in sorted(set(self.config.nfe)):
             if not self._has(nfe):
                 began = self._evaluations(), time.time()
@@ -209,6 +223,10 @@ class Search:
             raise ValueError(f"method paper moves nodes ({found.reason}); closed_form and gradient do without")
         if found.verdict == "coefficients":
             self.descending = [group for group in config.search_over if group == "coefficients"]
+        if self.perceptual:
+            sentence = self.perceptual.check()
+            if self.accelerator.is_main_process:
+                say(sentence)
 
     def _closed_form(self, form: ResumableForm, nfe: int) -> dict[str, Any]:
         config, quiet = self.config, not self.accelerator.is_main_process
@@ -239,33 +257,51 @@ class Search:
             stages.append(self._ended("polish", found, began))
         if config.method == "gradient":
             began = self._evaluations()
-            found = self._descended(form, found)
-            stages.append(self._ended("gradient", found, began))
+            found, images = self._descended(form, found)
+            stages.append(self._ended("gradient", found, began, **images))
         return {**_entry(found), "stages": stages}
 
-    def _ended(self, stage: str, found: Candidate, began: int) -> dict[str, Any]:
+    def _ended(self, stage: str, found: Candidate, began: int, **more: float) -> dict[str, Any]:
         """What a stage reached and cost."""
         spent = self._evaluations()
-        reached = {"stage": stage, "validation_mse": found.validation_mse}
+        reached = {"stage": stage, "validation_mse": found.validation_mse, **more}
         self._log({"nfe": found.spec.nfe, **reached, "network_evaluations": spent})
         return {**reached, "network_evaluations": spent - began}
 
-    def _descended(self, form: ClosedForm, found: Candidate) -> Candidate:
-        """The candidate after `method gradient`'s own stage."""
+    def _descended(self, form: ClosedForm, found: Candidate) -> tuple[Candidate, dict[str, float]]:
+        """The candidate after `method gradient`'s own stage, and what it did to held-out images if they were judged."""
         config, nfe = self.config, found.spec.nfe
         parameters = around(form, found, self.descending)
         if not parameters.count:
-            return found
+            return found, {}
         quiet = not self.accelerator.is_main_process
+        on_images = self.perceptual if nfe <= MOST_CALLS else None
+        if config.objective == PERCEPTUAL and not on_images and not quiet:
+            say(f"objective {PERCEPTUAL} is for up to {MOST_CALLS} calls; terminal takes its place at {nfe}")
         with tqdm(desc=f"gradient, {nfe} calls", unit="call", total=config.gradient_calls, disable=quiet) as bar:
 
             def on_call(loss: float, best: float) -> None:
                 bar.set_postfix(loss=f"{loss:.4g}", best=f"{best:.3g}", refresh=False)
                 bar.update()
-                self._log({"nfe": nfe, "loss": loss, "best_validation_mse": best})
+                named = {"best_validation_perceptual": best} if on_images else {}
+                mse = descent.best.validation_mse
+                self._log({"nfe": nfe, "loss": loss, **named, "best_validation_mse": mse})
 
-            descent = Descent(form, found, parameters, OBJECTIVES[config.objective], on_call)
-            return descent.run(config.optimizer, config.gradient_calls, config.learning_rate)
+            descent: Descent
+            if on_images:
+                descent = PerceptualDescent(form, found, parameters, on_images, on_call)
+            else:
+                loss = OBJECTIVES["terminal" if config.objective == PERCEPTUAL else config.objective]
+                descent = Descent(form, found, parameters, loss, on_call)
+            better = descent.run(config.optimizer, config.gradient_calls, config.learning_rate)
+        if not isinstance(descent, PerceptualDescent):
+            return better, {}
+        if not quiet:
+            say(
+                f"held out at {nfe} calls: perceptual loss {descent.before:.4g} -> {descent.reached:.4g}, final-state "
+                f"mse {found.validation_mse:.4g} -> {better.validation_mse:.4g}"
+            )
+        return better, {"validation_perceptual": descent.reached, "validation_perceptual_before": descent.before}
 
     def _filled(self, form: ClosedForm, nfe: int) -> dict[str, Any]:
         """The best on held-out samples of closed-form rows on a warp interpolated between the searched ones, polished
@@ -528,7 +564,10 @@ class Search:
 
     def _found_state(self) -> dict[str, Any]:
         resumable = {k: v for k, v in asdict(self.config).items() if k not in NOT_IN_KEY}
-        key = hashlib.sha256(json.dumps([resumable, self.sampler.fingerprint()], sort_keys=True).encode()).hexdigest()
+        made_of = [resumable, self.sampler.fingerprint()]
+        if self.perceptual:
+            made_of.append(self.perceptual.network.digest)
+        key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
         files = [file for file in (self.folder / STATE, self.folder / PREVIOUS) if file.exists()]
         if files and self.config.resume_from_checkpoint == "none":
             return {"error": f"{self.folder} holds a search; choose another --output_dir, or go on with latest"}
