@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dssolver_search.closed_form import KEEP, RIDGE_FACTORS
 from dssolver_search.config import SearchConfig
 from dssolver_search.polish import DAMPINGS
+from dssolver_search.teacher import CONVERGENCE_SAMPLES
 
 README = Path(__file__).resolve().parent.parent / "search" / "README.md"
 BEGIN, END = "<!-- cost -->\n", "<!-- /cost -->"
@@ -77,35 +78,50 @@ def numbers(n: int) -> int:
     return (n - 1) + n * (n - 1) // 2 + n
 
 
+def moved(n: int) -> int:
+    """Network calls of one difference of each number: those that it reaches, the others are replayed."""
+    return (n - 1) ** 2 + n * (n - 1) * (n - 2) // 6 + n * (n + 1) // 2  # step sizes, coefficients, times
+
+
 def polish(c: SearchConfig, n: int) -> list[Work]:
-    """(differences + 1) x N per sample and iteration, N where it arrived; held out, N per damping and iteration."""
-    works = [("polish", c.num_train_samples, c.polish * (numbers(n) + 1) * n + n)]
+    """Where it stands (the first call is known at first), what the differences move, N where it arrived; held out, N
+    per damping and iteration."""
+    works = [("polish", c.num_train_samples, c.polish * (n + moved(n)) - 1 + n)]
     return [*works, ("held out", c.num_validation_samples, c.polish * len(DAMPINGS) * n)]
 
 
 def solver(c: SearchConfig, n: int) -> list[Work]:
-    """One table: all trials spent (those beyond the largest warp cost nothing), every polish kept, no early end."""
+    """One table: all trials spent (those beyond the largest warp cost nothing), every polish kept, no early end; each
+    set of samples has its first call in common."""
     train, held_out = c.num_train_samples, c.num_validation_samples
     if c.method == "paper":  # whole batches; 3 a differentiated call, nothing recomputed
         updates = math.ceil(c.num_generated_samples / c.train_batch_size)
         works = [("paper", c.train_batch_size, updates * (c.reference_steps + 3 * n))]
-        return [*works, ("held out", held_out, math.ceil(updates / c.validation_steps) * n)]
+        return [*works, ("held out", held_out, 1 + math.ceil(updates / c.validation_steps) * (n - 1))]
     few, fits = min(c.num_trial_samples, train), min(KEEP, c.trials) + len(RIDGE_FACTORS)
-    works = [("trial fits", few, c.trials * n), ("final fits", train, fits * n), ("held out", held_out, fits * n)]
-    works += polish(c, n) if c.polish else []
+    works = [("trial fits", few, 1 + c.trials * (n - 1)), ("final fits", train, 1 + fits * (n - 1))]
+    works += [("held out", held_out, 1 + fits * (n - 1))]
+    works += polish(c, n) if c.polish and n <= c.polish_nfe else []
     if c.method == "gradient":  # 4 a call: forward, recomputation, 2 for backward; L-BFGS makes one call for its scale
         works += [("gradient", train, 4 * n * (c.gradient_calls + (c.optimizer == "lbfgs")))]
         works += [("held out", held_out, c.gradient_calls * n)]
     return works
 
 
+def filled(c: SearchConfig, n: int) -> list[Work]:
+    """One table: a fit, polished if that is cheap, and two derived solvers beside it."""
+    works = [("filled", c.num_train_samples, n), ("held out", c.num_validation_samples, n + 2 * n)]
+    return works + (polish(c, n) if c.polish and n <= c.fill_polish_nfe else [])
+
+
 def search(c: SearchConfig) -> list[Work]:
     """All of it but the preflight and what is measured at counts between tables (none at the defaults)."""
     by_paper, train, held_out, nfe = c.method == "paper", c.num_train_samples, c.num_validation_samples, set(c.nfe)
-    filled = sum({*range(c.fill_nfe[0], c.fill_nfe[1] + 1)} - nfe) if c.fill_nfe and not by_paper else 0
+    others = {*range(c.fill_nfe[0], c.fill_nfe[1] + 1)} - nfe if c.fill_nfe and not by_paper else set()
     works = [("teacher", 0 if by_paper else train, c.teacher_steps), ("teacher, held out", held_out, c.teacher_steps)]
-    works += [*(work for n in sorted(nfe) for work in solver(c, n)), ("filled", train, filled)]
-    return [*works, ("held out", held_out, filled + 3 * (sum(nfe) + filled))]  # every table: three classical solvers
+    works += [("its estimate", 1, CONVERGENCE_SAMPLES * 3 * c.teacher_steps)]  # all of it in every process
+    works += [work for n in sorted(nfe) for work in solver(c, n)] + [work for n in others for work in filled(c, n)]
+    return [*works, ("held out", held_out, 3 * sum(n - 1 for n in nfe | others))]  # every table: three classical ones
 
 
 def busiest(works: list[Work], gpus: int = 1) -> int:
@@ -135,7 +151,7 @@ def report(peak: float = PEAK, utilisation: float = UTILISATION) -> str:
         size, count = measured(model)
         total, latent = sum(count.values()), 4 * math.prod(next(iter(model.inputs.values()))) / 1e9
         second, share = total / (peak * 1e12 * utilisation), count["bmm"] / total  # every bmm is of attention
-        memory = f"{latent * cached:.1f} GB", f"{latent * c.num_train_samples * numbers(10):.1f} GB"
+        memory = f"{latent * cached:.1f} GB", f"{latent * min(c.batch_size, c.num_train_samples) * numbers(10):.1f} GB"
         models += [(model.name, f"{size / 1e9:.2f} B", f"{total / 1e12:.1f}", f"{share:.0%}", f"{second:.3f}", *memory)]
         for method, works in runs.items():
             hours = [model.guided * second * busiest(works, g) / 3600 for g in GPUS]

@@ -124,16 +124,15 @@ def test_formulas_are_what_searches_count(run, model, tmp_path, monkeypatch):
     assert sum(s.nbytes for s in states) == 4 * (4 * 4) * (config.teacher_steps + 1) * samples
 
 
-def test_the_figures_of_the_readme_are_the_formulas():
-    """Those of the default search on the embedded models, which are guided."""
-    config = SearchConfig("model", "folder", nfe=[5, 6, 8, 10])
-    assert 2 * busiest(cost_model.search(config)) == 433_728
-    classical = 3 * config.num_validation_samples
-    of_one = {n: 2 * (busiest(cost_model.solver(config, n)) + classical * n) for n in config.nfe}
-    assert of_one == {5: 41_280, 6: 54_912, 8: 90_624, 10: 140_160}
-    smaller = SearchConfig("model", "folder", method="paper", num_generated_samples=512, train_batch_size=4, nfe=[5],
-                           validation_steps=16)  # fmt: skip
-    assert 2 * busiest(cost_model.search(smaller)) == 121_280 + 12_800
+def test_a_table_by_hand():
+    """Defaults, 5 calls: 40 trials, seven fits, two polish iterations over 4 step sizes, 10 corrections, 5 times."""
+    config = SearchConfig("model", "folder", nfe=[5], fill_nfe=[])
+    differences = 4 * 4 + (1 * 3 + 2 * 2 + 3 * 1) + (5 + 4 + 3 + 2 + 1)
+    train = 1 + 7 * 4 + (4 + differences) + (5 + differences) + 5
+    held_out = 1 + 7 * 4 + 2 * 3 * 5
+    assert busiest(cost_model.solver(config, 5)) == 32 * (1 + 40 * 4) + 64 * train + 32 * held_out
+    teacher = (64 + 32) * 200 + 4 * (200 + 400)
+    assert busiest(cost_model.search(config)) == teacher + busiest(cost_model.solver(config, 5)) + 32 * 3 * 4
 
 
 # --- several GPUs ----------------------------------------------------------------------------------------------------
@@ -167,7 +166,7 @@ def test_bytes_that_are_summed():
     sums.clear()
     Polish(form, found).step(torch.zeros(13, dtype=torch.float64), lambda: None)
     assert sum(sums) == polished == 8 * (13 * 13 + 13)
-    problem = Descent(form, found, around(form, found), terminal_loss, 4)
+    problem = Descent(form, found, around(form, found), terminal_loss)
     sums.clear()
     problem.value()
     assert sums == [descent] == [8 * (13 + 1)]
@@ -187,12 +186,12 @@ def test_the_readme_holds_the_report(sizes, monkeypatch):
     cache, jacobian = 201 * 4 * 128**2 * 4 * 96 / 1e9, 64 * 64 * 4 * 128**2 * 4 / 1e9
     assert sdxl[-3:] == [f"{seconds:.3f}", f"{cache:.1f} GB", f"{jacobian:.1f} GB"]
     closed = next(row for row in cells if row[:2] == ["SDXL", "closed_form"])
-    assert closed[2:4] == ["433,728", f"{433_728 * seconds / 3600:.3g}"]
-    # 512: each stage's calls once
-    once = 200 + 200 + 60 * 29 + 7 * 29 + 7 * 29 + (20 * 5 + 27 * 6 + 44 * 8 + 65 * 10 + 29) + 3 * 29 + 2 * 178
-    once += 3 * (29 + 178)
-    assert closed[-2:] == [f"{2 * once * seconds / 3600:.3g}", f"{1 - 433_728 / 2 / (512 * once):.0%}"]
-    assert ["trial fits", "32", "1,740", "1,740", "0", "0", "0", "480"] in cells
-    assert ["final fits", "64", "203", "203", "0", "0", "0", "448"] in cells
+    works = cost_model.search(SearchConfig("model", "folder", nfe=[5, 6, 8, 10]))
+    assert closed[2:4] == [f"{2 * busiest(works):,}", f"{2 * busiest(works) * seconds / 3600:.3g}"]
+    once = sum(calls for _, _, calls in works)  # 512: each stage's calls once
+    assert closed[-2:] == [f"{2 * once * seconds / 3600:.3g}", f"{1 - busiest(works) / (512 * once):.0%}"]
+    fits = [4 + 40 * (4 + 5 + 7 + 9), 4 + 7 * (4 + 5 + 7 + 9)]
+    assert ["trial fits", "32", f"{fits[0]:,}", f"{fits[0]:,}", "0", "0", "0", "480"] in cells
+    assert ["final fits", "64", f"{fits[1]:,}", f"{fits[1]:,}", "0", "0", "0", "448"] in cells
     assert "More than 32 processes are refused" in text
     assert report(peak=2 * 989)[:50] == text[:50] and report(peak=2 * 989) != text
