@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # accelerate gives a process one CPU thread unless told otherwise
 THREADS ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
 
-.PHONY: demo test test-slow test-pipelines lint bench clean
+.PHONY: demo test test-slow test-pipelines lint bench bench-search bench-processes clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -44,6 +44,16 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m tests.bench
+
+# what searches cost and bring, beside the paper's recipe: some hours on two cores; killed, it goes on
+bench-search: $(VENV)/.installed
+	$(BIN)/python -m tests.bench_search --output "$(RUNS)/bench-search"
+	$(BIN)/python -m tests.bench_search --output "$(RUNS)/bench-search" --ablation --seeds 0
+	$(BIN)/python -m tests.bench_search --memory
+
+# throughput of two processes over one, on an idle machine
+bench-processes: $(VENV)/.installed
+	$(BIN)/python -m tests.bench_processes
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

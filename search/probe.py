@@ -57,8 +57,9 @@ class ProbeScheduler(DSSolverScheduler):
     checkpointed = True
     states: Sequence[Tensor] = ()
     output: Any = None
-    _twin = _decode = False
+    _twin = _decode = _exact = False
     _final: Tensor | None = None
+    _carried: Tensor | None = None
 
     def prepare(
         self,
@@ -71,6 +72,7 @@ class ProbeScheduler(DSSolverScheduler):
         watch: tuple[Tensor, Watcher] | None = None,
         decode: bool = False,
         final: Tensor | None = None,
+        exact: bool = False,
     ) -> None:
         """What the next run shall do.
 
@@ -86,8 +88,11 @@ class ProbeScheduler(DSSolverScheduler):
                 earlier one.
             decode: the call goes on to its end after the last step, and its result is `output`.
             final: (B, ...) what the last step gives in place of its own result.
+            exact: states are carried on in float32 where the pipeline's are coarser: it is given them rounded, so that
+                the networks see what they see, but the roundings of many steps do not add up.
         """
         self._plan = (nodes, rows, order, offsets)
+        self._exact = exact
         self._until, self._watch = until, watch
         self._decode, self._final = decode, final
         numbers = (nodes, offsets, *(w for row in rows or () for w in row))
@@ -96,7 +101,7 @@ class ProbeScheduler(DSSolverScheduler):
     def prepare_spec(self, spec: SolverSpec) -> None:
         """The next run is this solver's, as it would be published."""
         self._plan, self._until, self._watch, self._live = spec, None, None, False
-        self._decode, self._final = False, None
+        self._decode, self._final, self._exact = False, None, False
 
     def final_nodes(self, nodes: Tensor) -> Tensor:
         """Nodes after the path's first node and the model's resolution shift, as they are integrated and published."""
@@ -149,7 +154,7 @@ class ProbeScheduler(DSSolverScheduler):
         steps = plan.nfe if isinstance(plan, SolverSpec) else len(plan[0]) - 1
         if self.num_inference_steps != steps:
             raise ValueError(f"the pipeline asks for {self.num_inference_steps} steps, the search for {steps}")
-        self.states, self.rows = [], []
+        self.states, self.rows, self._carried = [], [], None
         if isinstance(plan, SolverSpec):
             self.nodes, self._fed = torch.tensor(plan.nodes, dtype=torch.float64), plan.timesteps
             self._install(plan, device)
@@ -172,11 +177,16 @@ class ProbeScheduler(DSSolverScheduler):
             model_output, sample = model_output.clone(), sample.clone()
         if not self.states:
             self.states.append(sample)
+        given, wide = model_output.dtype, torch.promote_types(model_output.dtype, torch.float32)
+        if exact := self._exact and given != wide:
+            known = self._carried is not None and torch.equal(self._carried.to(sample.dtype), sample)
+            model_output, sample = model_output.to(wide), self._carried if known else sample.to(wide)
         result = super().step(model_output, timestep, sample, *args, **kwargs)
         if self._final is not None and len(self.states) == len(self.timesteps) and not self._twin:
-            final = _as_batch(self._final.to(result[0]), sample)
-            result = (final, *result[1:]) if isinstance(result, tuple) else type(result)(final, *result.to_tuple()[1:])
+            result = _with_state(result, _as_batch(self._final.to(result[0]), sample))
         self.states.append(result[0])
+        if exact:
+            self._carried, result = result[0], _with_state(result, result[0].to(given))
         if len(self.states) == len(self.timesteps) + 1 and not self._twin and not self._decode:
             raise RunFinished
         return result
@@ -281,6 +291,11 @@ class ProbeScheduler(DSSolverScheduler):
         rows = [[float(w) for w in row] for row in self.rows]
         full = [[0.0] * (i + 1 - len(row)) + row for i, row in enumerate(rows)]
         return SolverSpec(self.nodes.detach().tolist()[: n + 1], full, self._fed)
+
+
+def _with_state(result: Any, state: Tensor) -> Any:
+    """A step's result, a tuple or an output, with another state."""
+    return (state, *result[1:]) if isinstance(result, tuple) else type(result)(state, *result.to_tuple()[1:])
 
 
 def _as_batch(states: Tensor, x: Tensor) -> Tensor:

@@ -186,6 +186,7 @@ class Search:
             config.batch_size,
             journal=self.journal,
             count=self._evaluations,
+            on_known=self._on_known,
         )
         if self.perceptual and not all(self._has(nfe) for nfe in self.config.nfe):
             for split, samples in (("train", form.train), ("validation", form.validation)):
@@ -246,7 +247,7 @@ class Search:
 
             form.on_trial, form.on_known = on_trial, on_known
             found = form.search(nfe, self.config.trials, self.config.ridge)
-            form.on_trial = self._log_trial
+            form.on_trial, form.on_known = self._log_trial, self._on_known
         stages.append(self._ended("closed_form", found, began))
         if config.polish and nfe <= config.polish_nfe:
             began = self._evaluations()
@@ -607,6 +608,9 @@ class Search:
         if self.accelerator.is_main_process:
             with (self.folder / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({**record, "seconds_since_start": round(time.time() - self.started, 2)}) + "\n")
+
+    def _on_known(self, candidate: Candidate, evaluations: int) -> None:
+        self._found_done(evaluations)
 
     def _found_done(self, evaluations: int) -> None:
         """Count what an earlier, killed run did and kept; work that was lost with it is not counted."""

@@ -235,7 +235,7 @@ def _made(
     """One pipeline call: the L+1 states, with the rows that guidance doubles, and their angles."""
     if teacher.scheduler is not None:
         return record(sampler, teacher.scheduler, probe.path, batch, split, teacher.steps)
-    probe.prepare(torch.linspace(1, 0, teacher.steps + 1, dtype=torch.float64), order=teacher.order)
+    probe.prepare(torch.linspace(1, 0, teacher.steps + 1, dtype=torch.float64), order=teacher.order, exact=True)
     states = run(sampler, probe, batch, split, teacher.steps)
     return states, probe.angle(probe.nodes)
 

@@ -1,10 +1,11 @@
 """`make bench-search`: what a search costs and brings, beside the paper's recipe and diffusers' own schedulers.
 
-On the embedded models, for each seed: `--method paper` (Algorithm 1 and 2, with fewer samples than the paper's 50 000),
-and `--method gradient`, whose first stages are the default `closed_form`. Whenever a run improves on itself its solver
-is tried on test samples that no search has seen; that is not counted in its network evaluations, the teacher is. Every
-finished run is kept under --output, so that a killed benchmark goes on. Prints tables, draws curves.png, writes
-bench_search.json. `--ablation` measures instead what each choice of the default brings.
+On the embedded models, for each seed: `--method paper` (Algorithm 1 and 2, with fewer samples than the paper's 50 000)
+and the default `closed_form`, which for the first --gradient-seeds goes on as `--method gradient`. Whenever a run
+improves on itself its solver is tried on test samples that no search has seen; that is not counted in its network
+evaluations, the teacher is. Every finished run is kept under --output, so that a killed benchmark goes on. Prints
+tables, draws curves.png, writes bench_search.json. `--ablation` measures what each choice of the default brings,
+`--memory` the peak memory of a polish and of a gradient at several step counts.
 """
 
 from __future__ import annotations
@@ -266,29 +267,28 @@ def summary(runs: Sequence[dict[str, Any]], stock: dict[str, Any]) -> list[dict[
     """One row per family and NFE; medians over the seeds that both methods have."""
     rows = []
     for family in FAMILIES:
-        of = {
-            m: {r["seed"]: r for r in runs if r["family"] == family and r["method"] == m} for m in ("paper", "gradient")
-        }
-        seeds = sorted(set(of["paper"]) & set(of["gradient"]))
+        mine = [r for r in runs if r["family"] == family]
+        of = {(r["method"] == "paper", r["seed"]): r for r in mine}
+        seeds = sorted({seed for _, seed in of if (True, seed) in of and (False, seed) in of})
         for nfe in NFES if seeds else ():
             row: dict[str, Any] = {"family": family, "nfe": nfe, "seeds": seeds, **stock[family][str(nfe)]}
-            paper = [_points(of["paper"][s], nfe) for s in seeds]
-            ours = [_points(of["gradient"][s], nfe) for s in seeds]
+            paper, ours = ([_points(of[kind, seed], nfe) for seed in seeds] for kind in (True, False))
+            descended = [p for p in ours if p[-1]["stage"] in ENDS[2]]
             row["paper"] = [p[-1]["test_mse"] for p in paper]
             row["closed_form"] = [_last(p, ENDS[1])["test_mse"] for p in ours]
-            row["gradient"] = [_last(p, ENDS[2])["test_mse"] for p in ours]
+            row["gradient"] = [p[-1]["test_mse"] for p in descended]
             row["paper evaluations"] = _median(p[-1]["network_evaluations"] for p in paper)
-            teacher = _median(of["paper"][s]["teacher"] for s in seeds)
+            teacher = _median(of[True, seed]["teacher"] for seed in seeds)
             more = (row["paper evaluations"] - teacher) * PAPER_SAMPLES / PAPER["num_generated_samples"]
             row["paper evaluations, 50 000 samples"] = teacher + more
             row["closed_form evaluations"] = _median(_last(p, ENDS[1])["network_evaluations"] for p in ours)
-            row["gradient evaluations"] = _median(p[-1]["network_evaluations"] for p in ours)
+            row["gradient evaluations"] = _median(p[-1]["network_evaluations"] for p in descended)
             as_good = [
                 min((q["network_evaluations"] for q in p if q["test_mse"] <= end), default=math.inf)
                 for p, end in zip(ours, row["paper"], strict=True)
             ]
             row["evaluations until as good as paper"] = _median(as_good)
-            ends = zip(METHODS, (paper, ours, ours), ENDS, strict=True)
+            ends = zip(METHODS, (paper, ours, descended), ENDS, strict=True)
             row["seconds"] = {m: _median(_last(p, stages)["seconds"] for p in q) for m, q, stages in ends}
             rows.append(row)
     return rows
@@ -303,18 +303,19 @@ def _last(points: Sequence[dict[str, Any]], stages: Sequence[str]) -> dict[str, 
 
 
 def _median(values: Any) -> float:
-    return statistics.median(values)
+    values = list(values)
+    return statistics.median(values) if values else math.nan
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     lines = [
-        "| model | NFE | best stock | `paper` | `closed_form` | `gradient` | ours / paper | ours / stock | "
+        "| model | NFE | best stock | `paper` | `closed_form` | `gradient` | closed_form / paper | / stock | "
         "evaluations: `paper` (50 000 samples) | `closed_form` | `gradient` | ours until as good as `paper` | of the "
         "recipe's |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
-        best = min(_median(r["closed_form"]), _median(r["gradient"]))
+        best = _median(r["closed_form"])
         until = r["evaluations until as good as paper"]
         lines.append(
             f"| {r['family']} | {r['nfe']} | {r['mse']:.3g} {r['scheduler']} | {_spread(r['paper'])} | "
@@ -327,25 +328,27 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for family in FAMILIES:
         mine = [r for r in rows if r["family"] == family]
         if mine:
-            ratio = [min(_median(r["closed_form"]), _median(r["gradient"])) / r["mse"] for r in mine]
+            ratio = [_median(r["closed_form"]) / r["mse"] for r in mine]
             seconds = {m: sum(r["seconds"][m] for r in mine) for m in METHODS}
             spent = ", ".join(f"`{m}` {s / 60:.1f} min" for m, s in seconds.items())
             mean = statistics.geometric_mean(ratio)
             lines += [
                 "",
-                f"{family}: ours / best stock, geometric mean {mean:.2f}; search of all four NFE without the teacher: "
-                f"{spent} ({len(mine[0]['seeds'])} seeds)",
+                f"{family}: `closed_form` / best stock, geometric mean {mean:.2f}; search of all four NFE without the "
+                f"teacher: {spent} ({len(mine[0]['seeds'])} seeds)",
             ]
     return "\n".join(lines)
 
 
 def _spread(values: Sequence[float]) -> str:
     """median (least to most)"""
+    if not values:
+        return "-"
     return f"{_median(values):.3g} ({min(values):.3g} to {max(values):.3g})" if len(values) > 1 else f"{values[0]:.3g}"
 
 
 def _thousands(value: float) -> str:
-    return f"{value / 1000:.0f} k" if math.isfinite(value) else "never"
+    return "never" if value == math.inf else "-" if math.isnan(value) else f"{value / 1000:.0f} k"
 
 
 def curves(runs: Sequence[dict[str, Any]], stock: dict[str, Any], file: Path) -> None:
@@ -355,14 +358,14 @@ def curves(runs: Sequence[dict[str, Any]], stock: dict[str, Any], file: Path) ->
     for i, family in enumerate(f for f in FAMILIES if f in stock):
         for j, nfe in enumerate(NFES):
             axis = axes[i][j]
-            for method, colour in (("gradient", COLOURS[0]), ("paper", COLOURS[5])):
-                drawn = [r for r in runs if r["family"] == family and r["method"] == method]
+            for ours, colour in ((True, COLOURS[0]), (False, COLOURS[5])):
+                drawn = [r for r in runs if r["family"] == family and (r["method"] != "paper") == ours]
                 for k, r in enumerate(drawn):
                     points = _points(r, nfe)
                     x, y = ([p[key] for p in points] for key in ("network_evaluations", "test_mse"))
-                    label = {"gradient": "ours", "paper": "paper's recipe"}[method] if k == 0 else None
+                    label = ("ours" if ours else "paper's recipe") if k == 0 else None
                     axis.plot(x, y, color=colour, linewidth=1.4, label=label)
-                    for stage, marker in (("polish", "o"), ("gradient", "s")):
+                    for stage, marker in (("polish", "o"), ("gradient", "s")):  # the end of a stage
                         for p in points:
                             if p["stage"] == stage:
                                 axis.plot(p["network_evaluations"], p["test_mse"], marker, color=colour, markersize=5)
@@ -386,7 +389,7 @@ def curves(runs: Sequence[dict[str, Any]], stock: dict[str, Any], file: Path) ->
 # --- commands ---------------------------------------------------------------------------------------------------------
 
 
-def bench(folder: Path, seeds: Sequence[int], families: Sequence[str]) -> None:
+def bench(folder: Path, seeds: Sequence[int], families: Sequence[str], gradient_seeds: int) -> None:
     run_module.reference = memo = EulerMemo()
     print(f"paper: {PAPER['num_generated_samples']} generated samples of its {PAPER_SAMPLES}")
     stock: dict[str, Any] = {}
@@ -396,7 +399,8 @@ def bench(folder: Path, seeds: Sequence[int], families: Sequence[str]) -> None:
             test = Test(family, folder)
             if family not in stock:
                 stock[family] = kept(folder / f"stock-{family}.json", lambda: {str(n): test.stock(n) for n in NFES})  # noqa: B023
-            for method, more in (("paper", PAPER), ("gradient", {})):
+            ours = "gradient" if seed in seeds[:gradient_seeds] else "closed_form"
+            for method, more in (("paper", PAPER), (ours, {})):
                 name = folder / f"{family}-{seed}-{method}"
                 found = searched(family, test, name, NFES, method=method, seed=seed, **more)
                 runs.append({**found, "seed": seed, "method": method})
@@ -473,6 +477,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/bench-search"))
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES)
+    parser.add_argument("--gradient-seeds", type=int, default=len(SEEDS))
     parser.add_argument("--ablation", action="store_true")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)
@@ -482,8 +487,10 @@ def main() -> None:
         memory_of(given.memory_of)
     elif given.memory:
         memory()
+    elif given.ablation:
+        ablation(given.output, given.seeds, given.families)
     else:
-        (ablation if given.ablation else bench)(given.output, given.seeds, given.families)
+        bench(given.output, given.seeds, given.families, given.gradient_seeds)
 
 
 if __name__ == "__main__":
