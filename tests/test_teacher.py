@@ -29,7 +29,7 @@ from test_search import (
 from diffusers_dssolver.pipelines import SiTPipeline
 from dssolver_search import run as run_module
 from dssolver_search import stock, teacher
-from dssolver_search.sampling import Sampler
+from dssolver_search.sampling import Sampler, load_pipeline
 from dssolver_search.state import read_record
 from dssolver_search.teacher import Convergence, Teacher, convergence, reference
 
@@ -305,6 +305,7 @@ def test_second_scheduler_of_a_pipeline_is_not_recorded():
         ("vp", "LMSDiscreteScheduler", "keeps its states on another scale"),
         ("vp", "HeunDiscreteScheduler", "makes 199 network calls in 100 steps"),
         ("flow", "FlowMatchHeunDiscreteScheduler", "makes 199 network calls in 100 steps"),
+        ("vp", "PNDMScheduler", "makes 109 network calls in 100 steps"),
         ("vp", "DDPMScheduler", "is stochastic"),
         ("vp", "SASolverScheduler", "is stochastic"),
         ("flow", "FlowMatchLCMScheduler", "is stochastic"),
@@ -401,6 +402,10 @@ def test_search_with_a_scheduler_as_teacher(models, tmp_path, capsys):
     assert (facts["teacher"]["scheduler"], facts["teacher"]["steps"]) == (UNIPC, 20)
     [result] = facts["results"].values()
     assert result["validation_mse"] < result["classical_mse"]
+    sampler = make_sampler(load_pipeline(str(models["vp"])), seed=5)
+    for split, count in (("train", 4), ("validation", 3)):  # its trajectories are what was fitted to
+        taught(sampler, UNIPC, 20, range(count), split, cache=tmp_path / "cache")
+    assert sampler.network_evaluations == 0
 
 
 @pytest.mark.parametrize(
