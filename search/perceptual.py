@@ -40,7 +40,8 @@ from .teacher import Reference
 
 MOST_CALLS = 6  # with more, the pictures are next to the teacher's
 FACTORY = re.compile(r"[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*")
-IMAGENET = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 RESAMPLING = {2: "bilinear", 3: "bicubic"}  # as numbered by Pillow
 SHORT = 1e-10  # squared length of a feature that is not scaled up to 1
 OTHERWISE = "use objective terminal"
@@ -78,12 +79,12 @@ class Preparation:
         wanted = None if size is None or not settings.get("do_resize", True) else _size(size, shorter=cropped)
         crop = settings.get("crop_size", size) if cropped else None
         edges = None if crop is None else _size(crop, shorter=False)
-        colours = {k: tuple(settings.get(k) or v) for k, v in IMAGENET.items()}
+        mean, std = settings.get("image_mean") or IMAGENET_MEAN, settings.get("image_std") or IMAGENET_STD
         if not settings.get("do_normalize", True):
-            colours = {"image_mean": (0.0,), "image_std": (1.0,)}
+            mean, std = (0.0,), (1.0,)
         mode = RESAMPLING.get(settings.get("resample", 3), "bicubic")
         crop_edges = (edges, edges) if isinstance(edges, int) else edges
-        return cls(wanted, crop_edges, mode, colours["image_mean"], colours["image_std"])
+        return cls(wanted, crop_edges, mode, tuple(mean), tuple(std))
 
     def __call__(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> what the model takes, (B, 3, H', W')."""
