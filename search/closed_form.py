@@ -31,6 +31,7 @@ Reduce = Callable[[Tensor], Tensor]
 Samples = tuple[Sequence[int], Reference]
 IDENTITY: Warp = (0.0, 0.0, 0.0)
 MAX_WARP = 15.0  # beyond it step sizes vanish in float64
+DECIMALS = 7  # of what a linear system gives: finer ones, of no use to a float32 state, hang on the order of sums
 KEEP = 5  # warps that are fitted again to all training samples
 RIDGE_FACTORS = (10, 100)  # tried on the best warp besides the ridge that the search ran with
 
@@ -73,7 +74,7 @@ class RowFit:
         system = reduce(self.system)
         gram, right = system[:, :-1], system[:, -1]
         gram = gram + self.ridge * gram.diagonal().mean().clamp(min=1e-30) * torch.eye(len(gram), dtype=gram.dtype)
-        delta = torch.linalg.solve(gram, right).tolist()
+        delta = torch.linalg.solve(gram, right).round(decimals=DECIMALS).tolist()
         return [w + d for w, d in zip(self.row, [*delta, -sum(delta)], strict=True)]
 
 

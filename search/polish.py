@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import vector_to_parameters
 
-from .closed_form import Candidate, ClosedForm, Samples, comparable
+from .closed_form import DECIMALS, Candidate, ClosedForm, Samples, comparable
 from .parameters import GROUPS, CorrectionParameters
 from .replay import Replay
 
@@ -70,7 +70,8 @@ class Polish:
             right += (jacobian @ here.to(precision)).double().cpu()
         gram, right = self.form.reduce(gram), self.form.reduce(right)
         scale = gram.diagonal().clamp(min=1e-9 * float(gram.diagonal().max()))
-        return [parameters - torch.linalg.solve(gram + mu * torch.diag(scale), right) for mu in DAMPINGS]
+        steps = [torch.linalg.solve(gram + mu * torch.diag(scale), right) for mu in DAMPINGS]
+        return [(parameters - step).round(decimals=DECIMALS) for step in steps]
 
     def _batch_errors(self, batch: Samples, parameters: Tensor, replay: Replay, unchanged: int = 0) -> Tensor:
         raw, rows, offsets = self.solver(parameters)

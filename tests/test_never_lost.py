@@ -268,12 +268,15 @@ def test_killed_teacher_loses_at_most_one_batch(method, spent, server, whole, tm
 
 def test_killed_search_replays_its_trials(server, whole, tmp_path):
     """Only what follows the last finished trial is run."""
-    teacher, before = 20 * (2 + 2), 5  # batches of two; trials of three steps
-    teacher += ESTIMATE
-    server(("closed_form", tmp_path, ("step", teacher + 3 * before + 2)))
+    teacher = 20 * (2 + 2) + ESTIMATE  # batches of two
+    # three samples are two batches: the first call of each, then a trial of three steps up to each row and to the end
+    start, trial, before = 2, 2 * (2 + 3 + 3), 5
+    server(("closed_form", tmp_path, ("step", teacher + start + trial * before + 2)))
     assert len((tmp_path / "trials.jsonl").read_text().splitlines()) == before
     server.finish("closed_form", tmp_path)
-    assert server.counts()["step"] == whole["closed_form"][1]["step"] - teacher - 3 * before
+    assert (
+        server.counts()["step"] == whole["closed_form"][1]["step"] - teacher - trial * before
+    )  # the start is made anew
     same(tmp_path, whole, "closed_form")
 
 
@@ -436,7 +439,8 @@ def test_damaged_or_foreign_checkpoint_is_left_out(damage, server, whole, tmp_pa
 
 
 def test_damaged_line_of_the_journal_is_left_out(server, whole, tmp_path):
-    server(("closed_form", tmp_path, ("step", ESTIMATE + 20 * (2 + 2) + 3 * 5 + 2)))
+    before, trial = ESTIMATE + 20 * (2 + 2), 2 * (2 + 3 + 3)
+    server(("closed_form", tmp_path, ("step", before + 2 + trial * 5 + 2)))
     file = tmp_path / "trials.jsonl"
     lines = file.read_bytes().splitlines(keepends=True)
     file.write_bytes(lines[0] + flip(lines[1], 40) + b"\xff\n" + lines[2] + b"[]\n")
@@ -444,7 +448,7 @@ def test_damaged_line_of_the_journal_is_left_out(server, whole, tmp_path):
         metrics.write('{"nfe": 3, "warp"')
     log = server.finish("closed_form", tmp_path)
     assert log.count("trials.jsonl, line") == 3 == log.count("damaged and left out")
-    assert server.counts()["step"] == whole["closed_form"][1]["step"] - ESTIMATE - 20 * (2 + 2) - 3 * 2
+    assert server.counts()["step"] == whole["closed_form"][1]["step"] - before - trial * 2
     same(tmp_path, whole, "closed_form")
 
 

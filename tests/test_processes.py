@@ -140,7 +140,7 @@ def test_shares_are_made_once_whatever_the_number_of_processes(runs):
 def test_two_killed_processes_go_on_to_the_same_bits(model, forks, runs, tmp_path):
     steps = json.loads((runs / "closed_form-2" / "counts").read_text())["step"]
     argv = search_arguments(model, tmp_path, "closed_form")
-    codes, _ = run(forks, 2, argv, ("step", round(0.8 * steps)))
+    codes, _ = run(forks, 2, argv, ("step", round(0.6 * steps)))
     assert codes[0] == -signal.SIGKILL and codes[1] not in (0, -signal.SIGKILL)  # the other one does not wait for ever
     assert list(read_record(tmp_path / "search_state.json")["solvers"]) == ["3"]
     done = launch(2, *argv)
