@@ -25,7 +25,7 @@ OPTIMIZERS = ("lbfgs", "adam", "lion")
 OBJECTIVES = ("terminal", "trajectory", "mixed", "paper")
 PERCEPTUAL = "perceptual"  # the objective on decoded images, see `perceptual`
 GROUPS = ("nodes", "coefficients", "times")
-DTYPES = ("float32", "float64", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
 T = TypeVar("T", bound="ModelConfig")
 
 
@@ -51,7 +51,10 @@ class ModelConfig:
     prompts_split: str = option("its split", default="train")
     num_prompts: int = option("so many of its first prompts", default=1000)
     revision: str | None = option("revision of the model", default=None)
-    dtype: str = option("float32, float64, bfloat16 or float16", default="float32")
+    dtype: str = option(
+        "float32, float64, bfloat16, float16, or auto: that of the saved weights of the denoiser",
+        default="auto",
+    )
     seed: int = option("of all noise", default=0)
     batch_size: int = option("samples per pipeline call and process", default=64)
 
@@ -60,7 +63,7 @@ class ModelConfig:
             if not getattr(self, name):
                 raise ValueError(f"{name} is missing; give --{name}")
         _require(self, "nfe", bool(self.nfe) and all(1 <= n <= 1000 for n in self.nfe), "whole numbers from 1 to 1000")
-        _require(self, "dtype", self.dtype in DTYPES, "float32, float64, bfloat16 or float16")
+        _require(self, "dtype", self.dtype in DTYPES, " or ".join(DTYPES))
         for name in ("batch_size", "num_prompts"):
             _require(self, name, getattr(self, name) >= 1, "1 or more")
         if self.prompts_file is not None and self.prompts_dataset is not None:

@@ -121,6 +121,8 @@ class Search:
         pipe = load_pipeline(
             config.pretrained_model_name_or_path, config.dtype, self.accelerator.device, config.revision
         )
+        if pipe.dtype == torch.float16 and self.accelerator.is_main_process:
+            say("float16 overflows at 65 504, and gradients of times are several per cent off; safer: --dtype bfloat16")
         self.sampler = Sampler(pipe, config.call_arguments, prompts_of(config), config.seed)
         self.probe = ProbeScheduler.from_config(
             pipe.scheduler.config, solvers="classical", strict=False, history_length=None
@@ -471,6 +473,7 @@ class Search:
             "revision": config.revision,
             "pipeline": type(self.sampler.pipe).__name__,
             "call": config.call_arguments,
+            "dtype": str(self.sampler.pipe.dtype).removeprefix("torch."),
             "teacher": {**self.teacher.facts(), "estimated_mse": self.state["teacher"]["estimated_mse"]},
             "samples": {
                 "train": config.num_generated_samples if config.method == "paper" else config.num_train_samples,

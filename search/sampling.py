@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -36,6 +37,7 @@ INPUT_NAMES = ("hidden_states", "sample", "x")  # of a denoiser's noisy input
 CLASS_COUNTS = ("num_embeds_ada_norm", "num_classes", "num_class_embeds")  # keys of a denoiser's configuration
 OWN_ARGUMENTS = ("generator", "num_inference_steps")
 PROMPT = re.compile(r"(negative_)?prompt(_\d+)?")
+SAVED_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # in safetensors
 MEMO_BYTES = 2**31  # of prompt embeddings held on the CPU
 FINGERPRINTED = 16  # samples whose conditions count where nobody says which samples are meant
 DATA_FILES = {
@@ -43,8 +45,11 @@ DATA_FILES = {
 }  # fmt: skip
 
 
-def load_pipeline(name_or_path: str, dtype: str = "float32", device: Any = "cpu", revision: str | None = None) -> Any:
+def load_pipeline(name_or_path: str, dtype: str = "auto", device: Any = "cpu", revision: str | None = None) -> Any:
     """Any pipeline by Hub id or folder, ours (`diffusers_dssolver.pipelines`) included, frozen, on a device.
+
+    Args:
+        dtype: a name of torch's; auto: `saved_dtype`.
 
     Raises:
         ValueError: one line that names what could not be loaded.
@@ -52,10 +57,23 @@ def load_pipeline(name_or_path: str, dtype: str = "float32", device: Any = "cpu"
     try:
         cls_name = DiffusionPipeline.load_config(name_or_path, revision=revision).get("_class_name")
         cls = getattr(pipelines, cls_name, DiffusionPipeline) if isinstance(cls_name, str) else DiffusionPipeline
-        pipe = cls.from_pretrained(name_or_path, dtype=getattr(torch, dtype), revision=revision)
+        folder = name_or_path if Path(name_or_path).is_dir() else cls.download(name_or_path, revision=revision)
+        chosen = saved_dtype(Path(folder)) if dtype == "auto" else dtype
+        pipe = cls.from_pretrained(folder, dtype=getattr(torch, chosen))
     except (OSError, AttributeError, ValueError, ImportError) as error:
         raise ValueError(f"no pipeline could be loaded from {name_or_path!r}: {one_line(error)}") from error
     return freeze(pipe).to(device)
+
+
+def saved_dtype(folder: Path) -> str:
+    """The dtype of the denoiser's weights as they are saved in a pipeline's folder; float32 if they are not in
+    safetensors."""
+    for file in sorted(file for name in DENOISER_NAMES for file in folder.glob(f"{name}*/*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 (no dictionary)
+                if (kind := tensors.get_slice(key).get_dtype()) in SAVED_DTYPES:
+                    return SAVED_DTYPES[kind]
+    return "float32"
 
 
 def freeze(pipe: Any) -> Any:

@@ -27,15 +27,6 @@ PUBLISHED = {"SDXL": "2.57", "SD3.5-medium": "2.5", "SD3.5-large": "8.1", "FLUX.
 IMAGE, SD3, FLUX = 64**2, 64**2 + 333, 64**2 + 512  # tokens
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The networks that run are tiny: on a busy machine a second thread only waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def sizes():
     return {model.name: measured(model) for model in MODELS}
