@@ -125,9 +125,12 @@ class ClosedForm:
     def batches(self, samples: Samples) -> Iterator[Samples]:
         """Samples that run together, with their references."""
         indices, reference = samples
-        for first in range(0, len(indices), self.batch_size):
-            part = slice(first, first + self.batch_size)
-            yield indices[part], replace(reference, states=reference.states[:, part])
+        groups = self.sampler.groups(indices)
+        for group in groups:
+            for first in range(0, len(group), self.batch_size):
+                part = group[first : first + self.batch_size]
+                where = part if len(groups) > 1 else slice(part[0], part[-1] + 1)  # a view, no copy
+                yield [indices[k] for k in part], replace(reference, states=reference.states[:, where])
 
     def start(self, split: str, indices: Sequence[int], nfe: int, offsets: Tensor | None = None) -> Replay:
         """The first network calls of these samples, the same for every solver of so many steps that feeds the network

@@ -83,6 +83,9 @@ class SearchConfig(ModelConfig):
         "closed_form (forward evaluations only), gradient (closed_form, then a descent) or paper (Algorithm 1 and 2)",
         default="closed_form",
     )
+    guidance_scales: list[float] = option(
+        "several, for one solver that serves them all: samples take them in turn", default_factory=list
+    )
     num_train_samples: int = option("closed_form: samples that rows are fitted to", default=64)
     num_trial_samples: int = option("closed_form: so many of them compare warps", default=32)
     num_validation_samples: int = option("held-out samples that choose between candidates", default=32)
@@ -143,6 +146,10 @@ class SearchConfig(ModelConfig):
             raise ValueError(f"objective {PERCEPTUAL} needs a feature_network; give one, or another objective")
         if self.objective != PERCEPTUAL and self.feature_network is not None:
             raise ValueError(f"feature_network is for objective {PERCEPTUAL}; leave it out, or give that objective")
+        if self.guidance_scales and self.guidance_scale is not None:
+            raise ValueError("guidance_scale and guidance_scales are both given; give one")
+        if self.guidance_scales and self.objective == PERCEPTUAL:
+            raise ValueError(f"objective {PERCEPTUAL} takes one guidance_scale, not guidance_scales")
         groups = bool(self.search_over) and set(self.search_over) <= set(GROUPS)
         _require(self, "search_over", groups, f"some of {', '.join(GROUPS)}")
         for name in ("polish", "polish_nfe", "fill_polish_nfe"):

@@ -133,6 +133,8 @@ class _Trial:
     def __init__(self, sampler: Sampler, probe: ProbeScheduler, nfe: int, samples: int) -> None:
         self.sampler, self.probe, self.nfe, self.samples = sampler, probe, nfe, samples
         self.name = type(sampler.pipe).__name__
+        every = max(len(sampler.guidance_scales), 1)
+        self.indices = range(0, samples * every, every)  # of one guidance
         generator = torch.Generator().manual_seed(0)
 
         def random(*shape: int) -> Tensor:
@@ -153,7 +155,7 @@ class _Trial:
         tenths = self.tenths * (1 - by["times"] * self.directions["times"])
         weights = [[w if isinstance(amount, Tensor) else w.item() for w in row[: i + 1]] for i, row in enumerate(rows)]
         self.probe.prepare(nodes_from_logits(logits[:nfe]), weights[:nfe], offsets=-tenths[:nfe])
-        return run(self.sampler, self.probe, range(self.samples), SPLIT, nfe)[-1][: self.samples]
+        return run(self.sampler, self.probe, self.indices, SPLIT, nfe)[-1][: self.samples]
 
     def forwards(self) -> dict[str, Any]:
         """Counts of calls; the base solver is made here, where a resolution shift is known."""
@@ -171,7 +173,7 @@ class _Trial:
         nodes = self.probe.final_nodes(nodes_from_logits(self.logits))
         self.tenths = 0.1 * (nodes[:-1] - nodes[1:])
         self.probe.prepare(nodes_from_logits(self.logits))
-        run(self.sampler, self.probe, range(self.samples), SPLIT, self.nfe)
+        run(self.sampler, self.probe, self.indices, SPLIT, self.nfe)
         for i, row in enumerate(self.probe.spec().coefficients):
             self.rows[i, : i + 1] = torch.tensor(row, dtype=torch.float64)
         networks = [m for m in self.sampler.pipe.components.values() if isinstance(m, torch.nn.Module)]

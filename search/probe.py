@@ -321,9 +321,18 @@ def run(
     Raises:
         ValueError: if the pipeline does not take the steps asked for, or takes them with another scheduler.
     """
+
+    def one(group: Sequence[int], number: int) -> list[Tensor]:
+        again = replay.part(number).around(sampler, probe, unchanged) if replay else nullcontext()
+        with again:
+            return _one_call(sampler, probe, group, split, nfe)
+
+    return sampler.in_groups(indices, one)
+
+
+def _one_call(sampler: Sampler, probe: ProbeScheduler, indices: Sequence[int], split: str, nfe: int) -> list[Tensor]:
     name = type(sampler.pipe).__name__
-    again = replay.around(sampler, probe, unchanged) if replay else nullcontext()
-    with sampler.using(probe), probe.around(sampler.timed.values()), again:
+    with sampler.using(probe), probe.around(sampler.timed.values()):
         try:
             probe.output = sampler(indices, split, nfe)
         except RunFinished:

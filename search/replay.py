@@ -47,6 +47,14 @@ class Replay:
     def __init__(self, other: Replay | None = None, frozen: bool = False) -> None:
         self._kept: dict[tuple[int, int, int], Any] = dict(other._kept) if other else {}
         self._frozen = frozen
+        self._parts: dict[int, Replay] = {0: self}
+        for number, part in other._parts.items() if other else ():
+            if number:
+                self._parts[number] = Replay(part, frozen)
+
+    def part(self, number: int) -> Replay:
+        """That of one of several pipeline calls which the samples take together."""
+        return self._parts.setdefault(number, Replay(frozen=self._frozen))
 
     @contextmanager
     def around(self, sampler: Sampler, probe: ProbeScheduler, unchanged: int) -> Iterator[None]:

@@ -123,7 +123,9 @@ class Search:
         )
         if pipe.dtype == torch.float16 and self.accelerator.is_main_process:
             say("float16 overflows at 65 504, and gradients of times are several per cent off; safer: --dtype bfloat16")
-        self.sampler = Sampler(pipe, config.call_arguments, prompts_of(config), config.seed)
+        self.sampler = Sampler(
+            pipe, config.call_arguments, prompts_of(config), config.seed, guidance_scales=config.guidance_scales
+        )
         self.probe = ProbeScheduler.from_config(
             pipe.scheduler.config, solvers="classical", strict=False, history_length=None
         )
@@ -472,7 +474,8 @@ class Search:
             else config.pretrained_model_name_or_path,
             "revision": config.revision,
             "pipeline": type(self.sampler.pipe).__name__,
-            "call": config.call_arguments,
+            "call": config.call_arguments
+            | ({"guidance_scale": config.guidance_scales} if config.guidance_scales else {}),
             "dtype": str(self.sampler.pipe.dtype).removeprefix("torch."),
             "teacher": {**self.teacher.facts(), "estimated_mse": self.state["teacher"]["estimated_mse"]},
             "samples": {

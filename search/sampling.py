@@ -95,6 +95,7 @@ class Sampler:
         seed: of all noise.
         conditions: indices -> call arguments that belong to these samples, such as embeddings made beforehand; in
             the place of class labels and prompts.
+        guidance_scales: several, that samples take in turn: sample i that of place i modulo their number.
 
     Attributes:
         network_evaluations: samples that went through the denoiser so far, a guided call counting its doubled batch.
@@ -114,7 +115,9 @@ class Sampler:
         prompts: Sequence[str] = (),
         seed: int = 0,
         conditions: Callable[[Sequence[int]], Mapping[str, Any]] | None = None,
+        guidance_scales: Sequence[float] = (),
     ):
+        self.guidance_scales = list(guidance_scales)
         self.pipe, self.call, self.prompts, self.seed = pipe, dict(call or {}), list(prompts), seed
         self._given = conditions
         self.network_evaluations = self.network_calls = 0
@@ -129,7 +132,8 @@ class Sampler:
 
     def _check(self) -> None:
         name = type(self.pipe).__name__
-        if unknown := sorted(set(self.call) - set(self.accepted)):
+        guidance = {"guidance_scale"} if self.guidance_scales else set()
+        if unknown := sorted((set(self.call) | guidance) - set(self.accepted)):
             raise ValueError(f"{name} takes no argument {unknown[0]!r}; it takes: {', '.join(self.accepted)}")
         if not self.denoisers:
             raise ValueError(f"{name} has no denoiser among its components ({', '.join(self.pipe.components)})")
@@ -159,6 +163,37 @@ class Sampler:
             return {**one_for_all, "prompt": [self.prompts[i % len(self.prompts)] for i in indices]}
         return {"batch_size": len(indices)}
 
+    def groups(self, indices: Sequence[int]) -> list[list[int]]:
+        """Places in `indices` of samples that one pipeline call can take: those with the same guidance."""
+        scales = [self.guidance_of([i]) for i in indices]
+        return [[k for k, scale in enumerate(scales) if scale == one] for one in dict.fromkeys(scales)]
+
+    def in_groups(self, indices: Sequence[int], run: Callable[[Sequence[int], int], list[Tensor]]) -> list[Tensor]:
+        """What `run` gives for each group of these samples (their indices, the group's number), a list of tensors
+        (B, ...), put together in the order of the samples."""
+        groups = self.groups(indices)
+        if len(groups) == 1:
+            return run(indices, 0)
+        parts = [run([indices[k] for k in group], number) for number, group in enumerate(groups)]
+        order = torch.tensor([k for group in groups for k in group]).argsort()
+        return [
+            torch.cat([x[: len(group)] for x, group in zip(tensors, groups, strict=True)])[order]
+            for tensors in zip(*parts, strict=True)
+        ]
+
+    def guidance_of(self, indices: Sequence[int]) -> float | None:
+        """The guidance scale of samples that have one in common, if it is a matter of samples.
+
+        Raises:
+            ValueError: they have several.
+        """
+        if not self.guidance_scales:
+            return None
+        scales = {self.guidance_scales[i % len(self.guidance_scales)] for i in indices}
+        if len(scales) > 1:
+            raise ValueError(f"samples of several guidance scales ({scales}) cannot share a call")
+        return scales.pop()
+
     def _classes(self) -> int:
         for module in self.denoisers:
             for key in CLASS_COUNTS:
@@ -186,7 +221,9 @@ class Sampler:
 
     def __call__(self, indices: Sequence[int], split: str, num_inference_steps: int, **extra: Any) -> Any:
         """One call of the pipeline on these samples."""
-        arguments = {**self.call, **self.conditions(indices), **extra}
+        scale = self.guidance_of(indices)
+        guidance = {} if scale is None else {"guidance_scale": scale}
+        arguments = {**self.call, **guidance, **self.conditions(indices), **extra}
         with self._encoded.used(extra):
             return self.pipe(
                 num_inference_steps=num_inference_steps, generator=self.generators(indices, split), **arguments
@@ -205,7 +242,9 @@ class Sampler:
         scheduler = {k: v for k, v in self.pipe.scheduler.config.items() if not k.startswith("_")}
         prompts = hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()
         given = _digest(self._given(indices)) if self._given else None
-        text = json.dumps([digests, scheduler, self.call, prompts, given, self.seed], sort_keys=True, default=str)
+        facts = [digests, scheduler, self.call, prompts, given, self.seed]
+        facts += [self.guidance_scales] if self.guidance_scales else []
+        text = json.dumps(facts, sort_keys=True, default=str)
         return {"pipeline": type(self.pipe).__name__, "key": hashlib.sha256(text.encode()).hexdigest()[:16]}
 
 

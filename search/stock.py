@@ -101,11 +101,20 @@ def angles_of(scheduler: Any, path: Path) -> Tensor:
 def record(
     sampler: Sampler, scheduler: Any, path: Path, indices: Sequence[int], split: str, steps: int
 ) -> tuple[list[Tensor], Tensor]:
-    """One call of the pipeline with this scheduler, left after the last step: the N+1 states and their angles.
+    """The pipeline's call with this scheduler, left after the last step: the N+1 states and their angles.
 
     Raises:
         ValueError: if the pipeline does not take the steps asked for, or the scheduler repeats a node.
     """
+    states = sampler.in_groups(indices, lambda group, _: _recorded(sampler, scheduler, group, split, steps))
+    angles = angles_of(scheduler, path)
+    if len(angles) != steps + 1 or not bool((angles.diff() < 0).all()):
+        who = f"{type(sampler.pipe).__name__} with {type(scheduler).__name__}"
+        raise ValueError(f"{who} repeats nodes in {steps} steps; give fewer teacher_steps")
+    return states, angles
+
+
+def _recorded(sampler: Sampler, scheduler: Any, indices: Sequence[int], split: str, steps: int) -> list[Tensor]:
     states: list[Tensor] = []
     take = scheduler.step
 
@@ -137,10 +146,7 @@ def record(
     who = f"{type(sampler.pipe).__name__} with {type(scheduler).__name__}"
     if len(states) != steps + 1:
         raise ValueError(f"{who} took {max(len(states) - 1, 0)} steps, not the {steps} of teacher_steps; give {GOOD}")
-    angles = angles_of(scheduler, path)
-    if len(angles) != steps + 1 or not bool((angles.diff() < 0).all()):
-        raise ValueError(f"{who} repeats nodes in {steps} steps; give fewer teacher_steps")
-    return states, angles
+    return states
 
 
 def _start(scheduler: Any, path: Path, steps: int) -> str | None:

@@ -1,11 +1,12 @@
 """`make bench-search`: what a search costs and brings, beside the paper's recipe and diffusers' own schedulers.
 
-On the embedded models, for each seed: `--method paper` (Algorithm 1 and 2, with fewer samples than the paper's 50 000)
-and the default `closed_form`, which for the first --gradient-seeds goes on as `--method gradient`. Whenever a run
-improves on itself its solver is tried on test samples that no search has seen; that is not counted in its network
-evaluations, the teacher is. Every finished run is kept under --output, so that a killed benchmark goes on. Prints
-tables, draws curves.png, writes bench_search.json. `--ablation` measures what each choice of the default brings,
-`--memory` the peak memory of a polish and of a gradient at several step counts.
+On the embedded models, for each seed: the default `closed_form`, going on as `--method gradient` for the first
+--gradient-seeds, and `--method paper` for the first --paper-seeds (Algorithm 1 and 2, with fewer samples than the
+paper's 50 000). Whenever a run improves on itself its solver is tried on test samples that no search has seen; that is
+not counted in its network evaluations, the teacher is. Every finished run is kept under --output, so that a killed
+benchmark goes on. Prints tables, draws curves.png, writes bench_search.json. `--ablation` measures what each choice of
+the default brings, `--memory` the peak memory of a polish and of a gradient at several step counts; `--update` puts the
+tables into search/README.md and what they are made of beside the models.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from dssolver_search.replay import uncounted
 from dssolver_search.run import ResumableForm, Search
 
 ROOT = Path(__file__).resolve().parent.parent
+DEMO = ROOT / "search" / "demo"
 FAMILIES, NFES, SEEDS = ("flow", "vp"), (5, 6, 8, 10), (0, 1, 2)
 METHODS = ("paper", "closed_form", "gradient")
 ENDS = (("paper",), ("closed_form", "polish"), ("gradient",))  # stages whose last is a method's result
@@ -264,28 +266,27 @@ def with_nodes(start: str, family: str) -> Any:
 
 
 def summary(runs: Sequence[dict[str, Any]], stock: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row per family and NFE; medians over the seeds that both methods have."""
+    """One row per family and NFE; medians over the seeds of each method."""
     rows = []
     for family in FAMILIES:
         mine = [r for r in runs if r["family"] == family]
-        of = {(r["method"] == "paper", r["seed"]): r for r in mine}
-        seeds = sorted({seed for _, seed in of if (True, seed) in of and (False, seed) in of})
-        for nfe in NFES if seeds else ():
-            row: dict[str, Any] = {"family": family, "nfe": nfe, "seeds": seeds, **stock[family][str(nfe)]}
-            paper, ours = ([_points(of[kind, seed], nfe) for seed in seeds] for kind in (True, False))
+        by_paper, others = ([r for r in mine if (r["method"] == "paper") == kind] for kind in (True, False))
+        for nfe in NFES if by_paper and others else ():
+            row: dict[str, Any] = {"family": family, "nfe": nfe, **stock[family][str(nfe)]}
+            paper, ours = ([_points(r, nfe) for r in kind] for kind in (by_paper, others))
             descended = [p for p in ours if p[-1]["stage"] in ENDS[2]]
             row["paper"] = [p[-1]["test_mse"] for p in paper]
             row["closed_form"] = [_last(p, ENDS[1])["test_mse"] for p in ours]
             row["gradient"] = [p[-1]["test_mse"] for p in descended]
             row["paper evaluations"] = _median(p[-1]["network_evaluations"] for p in paper)
-            teacher = _median(of[True, seed]["teacher"] for seed in seeds)
+            teacher = _median(r["teacher"] for r in by_paper)
             more = (row["paper evaluations"] - teacher) * PAPER_SAMPLES / PAPER["num_generated_samples"]
             row["paper evaluations, 50 000 samples"] = teacher + more
             row["closed_form evaluations"] = _median(_last(p, ENDS[1])["network_evaluations"] for p in ours)
             row["gradient evaluations"] = _median(p[-1]["network_evaluations"] for p in descended)
+            end = _median(row["paper"])
             as_good = [
-                min((q["network_evaluations"] for q in p if q["test_mse"] <= end), default=math.inf)
-                for p, end in zip(ours, row["paper"], strict=True)
+                min((q["network_evaluations"] for q in p if q["test_mse"] <= end), default=math.inf) for p in ours
             ]
             row["evaluations until as good as paper"] = _median(as_good)
             ends = zip(METHODS, (paper, ours, descended), ENDS, strict=True)
@@ -335,7 +336,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             lines += [
                 "",
                 f"{family}: `closed_form` / best stock, geometric mean {mean:.2f}; search of all four NFE without the "
-                f"teacher: {spent} ({len(mine[0]['seeds'])} seeds)",
+                f"teacher: {spent}; seeds: " + ", ".join(f"`{m}` {len(mine[0][m])}" for m in METHODS),
             ]
     return "\n".join(lines)
 
@@ -389,7 +390,14 @@ def curves(runs: Sequence[dict[str, Any]], stock: dict[str, Any], file: Path) ->
 # --- commands ---------------------------------------------------------------------------------------------------------
 
 
-def bench(folder: Path, seeds: Sequence[int], families: Sequence[str], gradient_seeds: int) -> None:
+def bench(
+    folder: Path,
+    seeds: Sequence[int],
+    families: Sequence[str],
+    gradient_seeds: int,
+    paper_seeds: int,
+    update: bool,
+) -> None:
     run_module.reference = memo = EulerMemo()
     print(f"paper: {PAPER['num_generated_samples']} generated samples of its {PAPER_SAMPLES}")
     stock: dict[str, Any] = {}
@@ -400,7 +408,8 @@ def bench(folder: Path, seeds: Sequence[int], families: Sequence[str], gradient_
             if family not in stock:
                 stock[family] = kept(folder / f"stock-{family}.json", lambda: {str(n): test.stock(n) for n in NFES})  # noqa: B023
             ours = "gradient" if seed in seeds[:gradient_seeds] else "closed_form"
-            for method, more in (("paper", PAPER), (ours, {})):
+            methods = [(ours, {})] + ([("paper", PAPER)] if seed in seeds[:paper_seeds] else [])
+            for method, more in methods:
                 name = folder / f"{family}-{seed}-{method}"
                 found = searched(family, test, name, NFES, method=method, seed=seed, **more)
                 runs.append({**found, "seed": seed, "method": method})
@@ -411,11 +420,15 @@ def bench(folder: Path, seeds: Sequence[int], families: Sequence[str], gradient_
     curves(runs, stock, folder / "curves.png")
     print(table(rows))
     print(f"written to {folder}: bench_search.json, curves.png")
+    if update:
+        (DEMO / "bench-search.json").write_text(json.dumps({"paper": PAPER, "rows": rows}, indent=1) + "\n")
+        shutil.copyfile(folder / "curves.png", DEMO / "bench-search.png")
+        put_into_readme("bench", table(rows))
 
 
-def ablation(folder: Path, seeds: Sequence[int], families: Sequence[str]) -> None:
+def ablation(folder: Path, seeds: Sequence[int], families: Sequence[str], update: bool) -> None:
     """A row per choice, a column per model and NFE: median test error and evaluations."""
-    measured: dict[str, list[str]] = {}
+    measured: dict[str, dict[str, list[float]]] = {}
     columns = [(family, nfe) for family, nfe in ABLATED if family in families]
     tests = {family: Test(family, folder) for family, _ in columns}
     for name, settings in SETTINGS.items():
@@ -427,16 +440,33 @@ def ablation(folder: Path, seeds: Sequence[int], families: Sequence[str]) -> Non
                 with with_nodes(settings["start"], family) if "start" in settings else nullcontext():
                     run = searched(family, tests[family], result, [nfe], seed=seed, **change)
                 found.append(run["points"][-1])
-            error, spent = (_median(p[k] for p in found) for k in ("test_mse", "network_evaluations"))
-            measured.setdefault(name, []).append(f"{error:.3g} ({_thousands(spent)})")
-            print(name, family, nfe, measured[name][-1], flush=True)
-    lines = [
-        "| | " + " | ".join(f"{family}, {nfe} calls" for family, nfe in columns) + " |",
-        "|---|" + "---|" * len(columns),
-    ]
-    lines += [f"| {name} | " + " | ".join(cells) + " |" for name, cells in measured.items()]
-    (folder / "ablation.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+            result = [_median(p[k] for p in found) for k in ("test_mse", "network_evaluations")]
+            measured.setdefault(name, {})[f"{family}, {nfe} calls"] = result
+            print(name, family, nfe, *result, flush=True)
+    print(ablation_table(measured))
+    if update:
+        (DEMO / "ablation.json").write_text(json.dumps(measured, indent=1) + "\n")
+        put_into_readme("ablation", ablation_table(measured))
+
+
+def ablation_table(measured: dict[str, dict[str, list[float]]]) -> str:
+    """Test error and evaluations, and in brackets the error over the default's."""
+    columns = list(measured["default"])
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, cells in measured.items():
+        shown = [
+            f"{error:.3g} ({error / measured['default'][column][0]:.2f}), {_thousands(spent)}"
+            for column, (error, spent) in cells.items()
+        ]
+        lines.append(f"| {name} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def put_into_readme(name: str, text: str) -> None:
+    file = ROOT / "search" / "README.md"
+    before, rest = file.read_text(encoding="utf-8").split(f"<!-- {name} -->\n")
+    after = rest.split(f"<!-- /{name} -->")[1]
+    file.write_text(f"{before}<!-- {name} -->\n{text}\n<!-- /{name} -->{after}", encoding="utf-8")
 
 
 def memory_of(nfe: int) -> None:
@@ -477,9 +507,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/bench-search"))
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES)
-    parser.add_argument("--gradient-seeds", type=int, default=len(SEEDS))
+    for method in ("gradient", "paper"):
+        parser.add_argument(f"--{method}-seeds", type=int, default=len(SEEDS), help="so many of the seeds, with it")
     parser.add_argument("--ablation", action="store_true")
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--update", action="store_true")
     parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     given.output.mkdir(parents=True, exist_ok=True)
@@ -488,9 +520,9 @@ def main() -> None:
     elif given.memory:
         memory()
     elif given.ablation:
-        ablation(given.output, given.seeds, given.families)
+        ablation(given.output, given.seeds, given.families, given.update)
     else:
-        bench(given.output, given.seeds, given.families, given.gradient_seeds)
+        bench(given.output, given.seeds, given.families, given.gradient_seeds, given.paper_seeds, given.update)
 
 
 if __name__ == "__main__":
