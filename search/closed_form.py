@@ -191,8 +191,8 @@ class ClosedForm:
         self, split: str, batch: Samples, nfe: int, replay: Replay | None = None, unchanged: int = 0
     ) -> Tensor:
         indices, reference = batch
-        final = run(self.sampler, self.probe, indices, split, nfe, replay, unchanged)[-1]
-        return final[: len(indices)] - reference.final.to(final)
+        final = run(self.sampler, self.probe, indices, split, nfe, replay, unchanged)[-1][: len(indices)]
+        return final - reference.final.to(final.device)  # in the precision of the reference, float32 or more
 
     def errors(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 import types
 import typing
@@ -146,6 +147,7 @@ class SearchConfig(ModelConfig):
             raise ValueError(f"objective {PERCEPTUAL} needs a feature_network; give one, or another objective")
         if self.objective != PERCEPTUAL and self.feature_network is not None:
             raise ValueError(f"feature_network is for objective {PERCEPTUAL}; leave it out, or give that objective")
+        _require(self, "guidance_scales", all(map(math.isfinite, self.guidance_scales)), "numbers")
         if self.guidance_scales and self.guidance_scale is not None:
             raise ValueError("guidance_scale and guidance_scales are both given; give one")
         if self.guidance_scales and self.objective == PERCEPTUAL:

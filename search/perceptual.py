@@ -334,7 +334,7 @@ class Perceptual:
                 states, images = self.images(indices, "validation", len(raw) - 1)
                 total += len(indices) * self.loss(images, "validation", indices).double().cpu()
                 count += len(indices)
-                errors.append(states[-1][: len(indices)] - reference.final.to(states[-1]))
+                errors.append(states[-1][: len(indices)] - reference.final.to(states[-1].device))
         summed = form.reduce(torch.stack([total, torch.tensor(count, dtype=torch.float64)]))
         return float(summed[0] / summed[1]), form.mean_square(torch.cat(errors))
 

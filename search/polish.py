@@ -22,7 +22,8 @@ from .closed_form import DECIMALS, Candidate, ClosedForm, Samples, comparable
 from .parameters import GROUPS, CorrectionParameters
 from .replay import Replay
 
-DIFFERENCE = 3e-3  # of a logit or a weight; final states are float32, so that smaller ones drown
+# of a logit or a weight, by the dtype of final states: smaller ones drown in its roundings
+DIFFERENCES = {torch.float64: 3e-3, torch.float32: 3e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 DAMPINGS = (1e-3, 1e-2, 1e-1)
 
 
@@ -57,13 +58,14 @@ class Polish:
         for batch in self.form.batches(self.form.train):
             replay = Replay(self.form.start("train", batch[0], self.numbers.nfe, self.solver(parameters)[2]))
             here = self._batch_errors(batch, parameters, replay, unchanged=1)
+            difference = DIFFERENCES[self.form.probe.states[-1].dtype]
             precision, here = torch.promote_types(here.dtype, torch.float32), here.double()
             columns = []
             for k in range(self.count):
                 moved = parameters.clone()
-                moved[k] += DIFFERENCE
+                moved[k] += difference
                 there = self._batch_errors(batch, moved, replay, unchanged[k])
-                columns.append(((there.double() - here) / DIFFERENCE).to(precision))
+                columns.append(((there.double() - here) / difference).to(precision))
                 on_call()
             jacobian = torch.stack(columns)
             gram += (jacobian @ jacobian.T).double().cpu()

@@ -135,6 +135,8 @@ class Sampler:
         guidance = {"guidance_scale"} if self.guidance_scales else set()
         if unknown := sorted((set(self.call) | guidance) - set(self.accepted)):
             raise ValueError(f"{name} takes no argument {unknown[0]!r}; it takes: {', '.join(self.accepted)}")
+        if guidance & set(self.call):
+            raise ValueError("guidance_scale and guidance_scales are both given; give one")
         if not self.denoisers:
             raise ValueError(f"{name} has no denoiser among its components ({', '.join(self.pipe.components)})")
         chosen = set() if self._given else {"class_labels", "prompt", "batch_size"}

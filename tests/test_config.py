@@ -142,6 +142,14 @@ def test_wrong_recipes_name_the_key(text, message, recipe):
         (["--trials", "0"], "trials is 0; it must be 1 or more"),
         (["--num_validation_samples", "-2"], "num_validation_samples is -2"),
         (["--batch_size", "0"], "batch_size is 0"),
+        (["--polish_nfe", "-1"], "polish_nfe is -1; it must be 0 or more"),
+        (["--fill_polish_nfe", "-1"], "fill_polish_nfe is -1; it must be 0 or more"),
+        (["--guidance_scales", "1.5", "inf"], r"guidance_scales is \[1.5, inf\]; it must be numbers"),
+        (["--guidance_scales", "1.5", "--guidance_scale", "2"], "guidance_scale and guidance_scales are both given"),
+        (
+            ["--guidance_scales", "1.5", "--objective", "perceptual", "--feature_network", "x:y"],
+            "takes one guidance_scale",
+        ),
         (["--config", "absent.toml"], "recipe 'absent.toml' could not be read"),
     ],
 )

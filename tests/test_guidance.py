@@ -49,6 +49,11 @@ def test_samples_take_the_scales_in_turn(family):
         sampler([0, 1], "train", 3)
 
 
+def test_one_scale_or_several():
+    with pytest.raises(ValueError, match="both given; give one"):
+        Sampler(make_pipe("flow"), {"guidance_scale": 1.5}, guidance_scales=SCALES)
+
+
 def test_replays_of_several_calls():
     sampler = Sampler(make_pipe("flow"), guidance_scales=SCALES)
     replay = Replay()
