@@ -319,7 +319,8 @@ class Search:
         if nfe <= self.config.fill_polish_nfe:
             found = polish(form, found, self.config.polish, free=self.config.search_over)
         searched = {n: SolverSpec.from_dict(_table(e)) for n, e in known.items()}
-        derived = [_measured(form, self.probe.derived(searched, nfe, learned)) for learned in (False, True)]
+        specs = [self.probe.derived(searched, nfe, learned) for learned in (False, True)]
+        derived = [_measured(form, spec) for spec in (specs if specs[0] != specs[1] else specs[:1])]
         choices = {
             "closed_form": _entry(found),
             "derived": min(derived, key=_error),

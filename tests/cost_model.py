@@ -109,8 +109,9 @@ def solver(c: SearchConfig, n: int) -> list[Work]:
 
 
 def filled(c: SearchConfig, n: int) -> list[Work]:
-    """One table: a fit, polished if that is cheap, and two derived solvers beside it."""
-    works = [("filled", c.num_train_samples, n), ("held out", c.num_validation_samples, n + 2 * n)]
+    """One table: a fit, polished if that is cheap, and derived solvers beside it, two between searched counts."""
+    derived = 2 if min(c.nfe) < n < max(c.nfe) else 1
+    works = [("filled", c.num_train_samples, n), ("held out", c.num_validation_samples, n + derived * n)]
     return works + (polish(c, n) if c.polish and n <= c.fill_polish_nfe else [])
 
 

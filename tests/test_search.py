@@ -795,7 +795,7 @@ def test_files_and_evaluations_of_a_search(family, results):
     # step sizes (n - 1 calls each), corrections, times
     differences = {3: 2 * 2 + 1 + (3 + 2 + 1), 4: 3 * 3 + (2 + 2) + (4 + 3 + 2 + 1)}
     first = 4 + 3  # of the train and the validation samples
-    by_nfe = {5: 2 * (first + 4 * 4 + 3 * 4 + 2 * 3 * 5 + 3 * 3 * 4)}  # the fit, two derived solvers, three classical
+    by_nfe = {5: 2 * (first + 4 * 4 + 3 * 4 + 3 * 5 + 3 * 3 * 4)}  # the fit, a derived solver, three classical ones
     for n, moved in differences.items():
         polish_rows = 4 * (n - 1 + moved) + 3 * 3 * n + 4 * n * ("timesteps" in solvers[str(n)])
         by_nfe[n] = 2 * (3 + first + (n - 1) * (3 * 6 + 4 * 7 + 3 * 7 + 3 * 3) + polish_rows)
