@@ -79,7 +79,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gradient, 20 updates of Adam": {"method": "gradient", "optimizer": "adam", "learning_rate": 3e-3},
     "gradient without polish": {"method": "gradient", "polish": 0},
 }
-ABLATED = (("flow", 5), ("vp", 5), ("vp", 8))
+ABLATED = (("flow", 5), ("vp", 5))
 
 
 class Test:
