@@ -328,7 +328,8 @@ class Search:
         }
         source = min(choices, key=lambda name: _error(choices[name]))
         rejected = {name: entry["validation_mse"] for name, entry in choices.items() if name != source}
-        return {**choices[source], "source": source, "rejected": rejected}
+        reached = {"source": source, "rejected": rejected, "classical_mse": choices["classical"]["validation_mse"]}
+        return {**choices[source], **reached}
 
     def _measure_derived(self, form: ClosedForm) -> None:
         """Whether step counts between two tables gain from what both learned beside their nodes, measured at a few."""
@@ -423,10 +424,10 @@ class Search:
 
     def _keep(self, form: ClosedForm, nfe: int, entry: dict[str, Any], kind: str, began: tuple[int, float]) -> None:
         """Add one solver to the state and write the whole result anew."""
-        classical = entry.get("rejected", {}).get("classical") or _classical(form, nfe)["validation_mse"]
+        if "classical_mse" not in entry:
+            entry["classical_mse"] = _classical(form, nfe)["validation_mse"]
         entry |= {
             "kind": kind,
-            "classical_mse": classical,
             "network_evaluations": self._evaluations() - began[0],
             "seconds": round(time.time() - began[1], 1),
         }
