@@ -37,7 +37,7 @@ INPUT_NAMES = ("hidden_states", "sample", "x")  # of a denoiser's noisy input
 CLASS_COUNTS = ("num_embeds_ada_norm", "num_classes", "num_class_embeds")  # keys of a denoiser's configuration
 OWN_ARGUMENTS = ("generator", "num_inference_steps")
 PROMPT = re.compile(r"(negative_)?prompt(_\d+)?")
-SAVED_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # in safetensors
+SAVED_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float32"}  # in safetensors: to run in
 MEMO_BYTES = 2**31  # of prompt embeddings held on the CPU
 FINGERPRINTED = 16  # samples whose conditions count where nobody says which samples are meant
 DATA_FILES = {
@@ -66,8 +66,8 @@ def load_pipeline(name_or_path: str, dtype: str = "auto", device: Any = "cpu", r
 
 
 def saved_dtype(folder: Path) -> str:
-    """The dtype of the denoiser's weights as they are saved in a pipeline's folder; float32 if they are not in
-    safetensors."""
+    """bfloat16 or float64 where the denoiser's weights are saved so in a pipeline's folder; else float32, for float16
+    weights too: they may be small files of a float32 model, and float16 is no precision to search in."""
     for file in sorted(file for name in DENOISER_NAMES for file in folder.glob(f"{name}*/*.safetensors")):
         with safe_open(file, "pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118 (no dictionary)
