@@ -53,7 +53,7 @@ class ModelConfig:
     num_prompts: int = option("so many of its first prompts", default=1000)
     revision: str | None = option("revision of the model", default=None)
     dtype: str = option(
-        "float32, float64, bfloat16, float16, or auto: bfloat16 where the denoiser's weights are saved so, else float32",
+        "float32, float64, bfloat16, float16; auto: bfloat16 where the denoiser's weights are saved so, else float32",
         default="auto",
     )
     seed: int = option("of all noise", default=0)
