@@ -15,10 +15,8 @@ import argparse
 import json
 import math
 import os
-import resource
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,6 +28,7 @@ from unittest import mock
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from diffusers_dssolver import DSSolverScheduler
 from diffusers_dssolver.solver import SolverSpec
@@ -44,6 +43,9 @@ from dssolver_search.plots import COLOURS
 from dssolver_search.polish import Polish, around
 from dssolver_search.replay import uncounted
 from dssolver_search.run import ResumableForm, Search
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from test_contract import Allocations
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "search" / "demo"
@@ -166,8 +168,8 @@ class Watched(Search):
     def _begin(self) -> None:
         """Of one NFE: what was spent on the others is not its own; the teacher is everybody's."""
         if not self.points:
-            self.teacher = self._evaluations()
-        self.spent_before, self.reached = self._evaluations() - self.teacher, math.inf
+            self.by_teacher = self._evaluations()
+        self.spent_before, self.reached = self._evaluations() - self.by_teacher, math.inf
         self.began, self.testing = time.perf_counter(), 0.0
 
 
@@ -199,7 +201,7 @@ def searched(family: str, test: Test, folder: Path, nfes: Sequence[int], **setti
     search = Watched(config, test)
     search()
     record = {
-        "family": family, "settings": settings, "points": search.points, "teacher": search.teacher,
+        "family": family, "settings": settings, "points": search.points, "teacher": search.by_teacher,
         "seconds": time.perf_counter() - began,
     }  # fmt: skip
     shutil.copytree(folder / "cache", shared, copy_function=_link_if_new, dirs_exist_ok=True)
@@ -223,7 +225,7 @@ class EulerMemo:
     def __call__(self, sampler: Any, probe: Any, indices: Any, split: str, *rest: Any, **more: Any) -> Any:
         if split != "train":
             return self.real(sampler, probe, indices, split, *rest, **more)
-        key = (sampler.seed, type(probe._path), tuple(indices))
+        key = (sampler.seed, type(probe.path), tuple(indices), rest[:2])  # steps and order
         if key not in self.kept:
             with uncounted(sampler):
                 made = self.real(sampler, probe, indices, split, *rest, **more)
@@ -240,7 +242,7 @@ def nodes_of(start: str, family: str, nfe: int) -> torch.Tensor:
     if start == "quadratic":
         return u**2
     if start == "cosine":
-        return 1 - torch.cos(math.pi / 2 * u)
+        return torch.sin(math.pi / 4 * u).square() * 2
     fine = torch.linspace(0.999, 1e-3, 4000, dtype=torch.float64)
     at = path.lambdas(fine)
     if start == "karras":  # sigma^(1/7) in even steps, sigma = exp(-lambda)
@@ -354,36 +356,34 @@ def _thousands(value: float) -> str:
 
 def curves(runs: Sequence[dict[str, Any]], stock: dict[str, Any], file: Path) -> None:
     """Test error against evaluations, one panel per model and NFE, one line per seed."""
-    figure = Figure(figsize=(4 * len(NFES), 3.4 * len(FAMILIES)), dpi=110)
-    axes = figure.subplots(len(FAMILIES), len(NFES), squeeze=False)
-    for i, family in enumerate(f for f in FAMILIES if f in stock):
-        for j, nfe in enumerate(NFES):
-            axis = axes[i][j]
-            for ours, colour in ((True, COLOURS[0]), (False, COLOURS[5])):
-                drawn = [r for r in runs if r["family"] == family and (r["method"] != "paper") == ours]
-                for k, r in enumerate(drawn):
-                    points = _points(r, nfe)
-                    x, y = ([p[key] for p in points] for key in ("network_evaluations", "test_mse"))
-                    label = ("ours" if ours else "paper's recipe") if k == 0 else None
-                    axis.plot(x, y, color=colour, linewidth=1.4, label=label)
-                    for stage, marker in (("polish", "o"), ("gradient", "s")):  # the end of a stage
-                        for p in points:
-                            if p["stage"] == stage:
-                                axis.plot(p["network_evaluations"], p["test_mse"], marker, color=colour, markersize=5)
+    figure = Figure(figsize=(3.6 * len(NFES), 0.6 + 3.1 * len(stock)), dpi=110)
+    axes = figure.subplots(len(stock), len(NFES), squeeze=False)
+    for row, family in zip(axes, (f for f in FAMILIES if f in stock), strict=True):
+        for axis, nfe in zip(row, NFES, strict=True):
+            for run in (r for r in runs if r["family"] == family):
+                points = _points(run, nfe)
+                paper = run["method"] == "paper"
+                colour, label = (COLOURS[5], "paper's recipe") if paper else (COLOURS[0], "ours")
+                x, y = [p["network_evaluations"] / 1000 for p in points], [p["test_mse"] for p in points]
+                axis.plot(x, y, color=colour, linewidth=1.5, label=label)
+                for stage, marker in (("polish", "o"), ("gradient", "s")):
+                    ends = [(a, b) for a, b, p in zip(x, y, points, strict=True) if p["stage"] == stage]
+                    for a, b in ends:
+                        axis.plot(a, b, marker, color=colour, markersize=6, label=f"ours, end of {stage}")
             best = stock[family][str(nfe)]
-            axis.axhline(
-                best["mse"], color="0.4", linestyle="--", linewidth=1, label=f"best stock: {best['scheduler']}"
-            )
-            axis.set_xscale("log")
+            axis.axhline(best["mse"], color="0.4", linestyle="--", linewidth=1, label="best of diffusers")
             axis.set_yscale("log")
-            axis.set_title(f"{family}, {nfe} calls", fontsize=10)
+            axis.yaxis.set_major_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+            axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+            axis.set_title(f"{family}, {nfe} calls", fontsize=11)
             axis.grid(True, which="both", alpha=0.2)
-            axis.legend(frameon=False, fontsize=7)
-            if i == len(FAMILIES) - 1:
-                axis.set_xlabel("network evaluations, teacher included")
-            if j == 0:
-                axis.set_ylabel("final-state mse, test samples")
-    figure.tight_layout()
+            axis.tick_params(labelsize=8, which="both")
+            if family == list(stock)[-1]:
+                axis.set_xlabel("thousand network evaluations, teacher included", fontsize=8.5)
+        row[0].set_ylabel("final-state mse, test samples", fontsize=8.5)
+    drawn = {label: line for line, label in zip(*axes[0][0].get_legend_handles_labels(), strict=True)}
+    figure.legend(drawn.values(), drawn.keys(), loc="upper center", ncols=len(drawn), frameon=False, fontsize=10)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.35 / figure.get_size_inches()[1]))
     figure.savefig(file, facecolor="white")
 
 
@@ -469,37 +469,28 @@ def put_into_readme(name: str, text: str) -> None:
     file.write_text(f"{before}<!-- {name} -->\n{text}\n<!-- /{name} -->{after}", encoding="utf-8")
 
 
-def memory_of(nfe: int) -> None:
-    """Peak memory of this process (MiB): after forward runs, after a polish, after a gradient."""
+def memory(family: str = "flow", samples: int = 8) -> None:
+    """Peak of the bytes in tensors made by one polish iteration and by one gradient, networks left out."""
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as output:
-        config = SearchConfig(
-            pretrained_model_name_or_path=str(model("flow")), output_dir=output, nfe=[nfe], guidance_scale=GUIDANCE,
-            num_train_samples=16, num_validation_samples=2, num_trial_samples=2, teacher_steps=nfe + 1,
-        )  # fmt: skip
-        search = Search(config)
-        samples = {name: search._reference(name, range(n)) for name, n in (("train", 16), ("validation", 2))}
-        form = closed_form.ClosedForm(search.sampler, search.probe, *samples.values(), 2, lambda t: t)
-        found = form.validated(form.fit(nfe, closed_form.IDENTITY, 1e-4))
-        peaks = [_peak()]
-        problem = Polish(form, found)
-        problem.step(torch.zeros(problem.count, dtype=torch.float64), lambda: None)
-        peaks.append(_peak())
-        Descent(form, found, around(form, found), OBJECTIVES["terminal"]).value()
-        peaks.append(_peak())
-    print(json.dumps(peaks))
-
-
-def _peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def memory() -> None:
-    print("peak memory of a process, MiB, 16 samples: forward runs, then a polish, then a gradient")
+    print(f"peak bytes in tensors, {samples} guided samples, MiB: of one polish iteration, of one gradient")
     for nfe in (4, 8, 16):
-        command = [sys.executable, "-m", "tests.bench_search", "--memory-of", str(nfe)]
-        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        print(f"  {nfe:2} calls: " + ", ".join(f"{p:.0f}" for p in json.loads(printed.splitlines()[-1])), flush=True)
+        with tempfile.TemporaryDirectory() as output:
+            config = SearchConfig(
+                pretrained_model_name_or_path=str(model(family)), output_dir=output, nfe=[nfe], teacher_steps=nfe + 1,
+                guidance_scale=GUIDANCE, num_train_samples=samples, num_validation_samples=2, num_trial_samples=2,
+            )  # fmt: skip
+            search = Search(config)
+            splits = [search._reference(name, range(count)) for name, count in (("train", samples), ("validation", 2))]
+            form = closed_form.ClosedForm(search.sampler, search.probe, *splits, 2, lambda t: t)
+            found = form.validated(form.fit(nfe, closed_form.IDENTITY, 1e-4))
+            problem, descent = Polish(form, found), Descent(form, found, around(form, found), OBJECTIVES["terminal"])
+            peaks = []
+            for run in (lambda p=problem: p.step(torch.zeros(p.count, dtype=torch.float64), int), descent.value):
+                with Allocations() as used:
+                    run()
+                peaks.append(used.peak / 2**20)
+            latent = form.probe.states[0][0].nbytes * samples / 2**20
+        print(f"  {nfe:2} calls: " + ", ".join(f"{p:.1f}" for p in peaks) + f"   (a state: {latent:.3f})", flush=True)
 
 
 def main() -> None:
@@ -512,12 +503,9 @@ def main() -> None:
     parser.add_argument("--ablation", action="store_true")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--update", action="store_true")
-    parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     given.output.mkdir(parents=True, exist_ok=True)
-    if given.memory_of:
-        memory_of(given.memory_of)
-    elif given.memory:
+    if given.memory:
         memory()
     elif given.ablation:
         ablation(given.output, given.seeds, given.families, given.update)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import bench_search
 import pytest
+from test_search import make_pipe
 
 from dssolver_search.compare import Result, table
 
@@ -81,3 +83,65 @@ def test_summary_and_table_by_hand():
     assert "0.2 (0.1 to 0.3)" in text and "| 0.50 | 0.20 |" in text and "| 0.0399 |" in text
     assert "geometric mean 0.20" in text and "`closed_form` 1.0 min" in text
     assert "seeds: `paper` 3, `closed_form` 3, `gradient` 1" in text
+
+
+SMALL = {
+    "num_train_samples": 4, "num_trial_samples": 4, "num_validation_samples": 3, "teacher_steps": 20, "trials": 2,
+    "polish": 1, "gradient_calls": 2, "reference_steps": 10,
+}  # fmt: skip
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """The benchmark on a tiny model, with few of everything."""
+    make_pipe("flow").save_pretrained(tmp_path / "flow")
+    monkeypatch.setattr(bench_search, "model", lambda family: tmp_path / family)
+    real = bench_search.SearchConfig
+    monkeypatch.setattr(bench_search, "SearchConfig", lambda **settings: real(**(SMALL | settings)))
+    paper = {"num_generated_samples": 8, "train_batch_size": 4, "validation_steps": 1}
+    changes = {"NFES": (3, 4), "PAPER": paper, "TEST_SAMPLES": 4, "REFERENCE_STEPS": 30, "ABLATED": (("flow", 3),)}
+    for name, value in changes.items():
+        monkeypatch.setattr(bench_search, name, value)
+    monkeypatch.setattr(bench_search.run_module, "reference", bench_search.run_module.reference)  # put back
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out"
+
+
+def test_the_benchmark_runs_and_goes_on(small, capsys, monkeypatch):
+    bench = partial(bench_search.bench, small, families=["flow"], gradient_seeds=1, paper_seeds=1, update=False)
+    bench(seeds=[0])
+    first = json.loads((small / "bench_search.json").read_text())
+    assert [(run["method"], run["seed"]) for run in first["runs"]] == [("gradient", 0), ("paper", 0)]
+    assert [row["nfe"] for row in first["rows"]] == [3, 4]
+    for row in first["rows"]:
+        ours, paper = ([p for p in run["points"] if p["nfe"] == row["nfe"]] for run in first["runs"])
+        # teacher and its estimate: (4 + 3) samples of 20 steps, 4 of 20 and 40; the paper's has no training samples
+        assert [first["runs"][k]["teacher"] for k in (0, 1)] == [2 * (7 * 20 + 4 * 60), 2 * (3 * 20 + 4 * 60)]
+        assert ours[0]["network_evaluations"] == first["runs"][0]["teacher"] + 2 * 4 * row["nfe"]  # one trial
+        per_sample = 2 * (10 + 3 * row["nfe"])
+        held_out = 2 * 3 * (1 + 2 * (row["nfe"] - 1))
+        assert paper[-1]["network_evaluations"] == first["runs"][1]["teacher"] + 8 * per_sample + held_out
+        assert row["closed_form"][0] == next(p for p in ours if p["stage"] == "polish")["test_mse"]
+    monkeypatch.setattr(bench_search.Watched, "__call__", None)  # nothing is run again
+    bench(seeds=[0])
+    assert json.loads((small / "bench_search.json").read_text()) == first
+    assert (small / "curves.png").stat().st_size > 1000
+    assert bench_search.table(first["rows"]) in capsys.readouterr().out
+
+
+def test_the_ablation_runs(small, capsys, monkeypatch):
+    names = ("default", "no polish", "nodes: Karras", "gradient without polish")
+    monkeypatch.setattr(bench_search, "SETTINGS", {name: bench_search.SETTINGS[name] for name in names})
+    bench_search.ablation(small, [0], ["flow"], False)
+    assert [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines()[-4:]] == list(names)
+
+
+@pytest.mark.parametrize("family", ["flow", "vp"])
+@pytest.mark.parametrize("start", ["log-SNR", "karras", "quadratic", "cosine"])
+def test_families_of_nodes(start, family):
+    nodes = bench_search.nodes_of(start, family, 8)
+    assert nodes[0] == pytest.approx(1, abs=1e-12) and nodes[-1] == 0 and (nodes.diff() < 0).all()
+    if start == "log-SNR":
+        path = bench_search.DSSolverScheduler.from_config(bench_search.load_config(family), solvers="classical")._path
+        steps = path.lambdas(nodes[1:-1]).diff()
+        assert (steps / steps[0] - 1).abs().max() < 0.02
