@@ -50,6 +50,7 @@ bench-search: $(VENV)/.installed
 	$(BIN)/python -m tests.bench_search --output "$(RUNS)/bench-search"
 	$(BIN)/python -m tests.bench_search --output "$(RUNS)/bench-search" --ablation --seeds 0
 	$(BIN)/python -m tests.bench_search --memory
+	$(BIN)/python -m tests.bench_search --precision
 
 # throughput of two processes over one, on an idle machine
 bench-processes: $(VENV)/.installed

@@ -5,8 +5,8 @@ On the embedded models, for each seed: the default `closed_form`, going on as `-
 paper's 50 000). Whenever a run improves on itself its solver is tried on test samples that no search has seen; that is
 not counted in its network evaluations, the teacher is. Every finished run is kept under --output, so that a killed
 benchmark goes on. Prints tables, draws curves.png, writes bench_search.json. `--ablation` measures what each choice of
-the default brings, `--memory` the peak memory of a polish and of a gradient at several step counts; `--update` puts the
-tables into search/README.md and what they are made of beside the models.
+the default brings, `--memory` the peak memory of a polish and of a gradient at several step counts, `--precision` what
+bfloat16 costs; `--update` puts the tables into search/README.md and what they are made of beside the models.
 """
 
 from __future__ import annotations
@@ -40,9 +40,12 @@ from dssolver_search.config import CompareConfig, SearchConfig
 from dssolver_search.gradient import Descent
 from dssolver_search.objective import OBJECTIVES
 from dssolver_search.plots import COLOURS
-from dssolver_search.polish import Polish, around
+from dssolver_search.polish import Polish, around, polish
+from dssolver_search.probe import ProbeScheduler
 from dssolver_search.replay import uncounted
 from dssolver_search.run import ResumableForm, Search
+from dssolver_search.sampling import Sampler, load_pipeline
+from dssolver_search.teacher import reference
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from test_contract import Allocations
@@ -493,6 +496,43 @@ def memory(family: str = "flow", samples: int = 8) -> None:
         print(f"  {nfe:2} calls: " + ", ".join(f"{p:.1f}" for p in peaks) + f"   (a state: {latent:.3f})", flush=True)
 
 
+def precision(families: Sequence[str], nfe: int = 5, samples: int = 48) -> None:
+    """bfloat16: how far teachers are from the converged float32 run, with states rounded and carried; and solvers
+    searched in either dtype, run in bfloat16 on test samples."""
+    for family in families:
+        parts = {}
+        for dtype in ("float32", "bfloat16"):
+            pipe = load_pipeline(str(model(family)), dtype)
+            probe = ProbeScheduler.from_config(
+                pipe.scheduler.config, solvers="classical", strict=False, history_length=None
+            )
+            parts[dtype] = Sampler(pipe, {"guidance_scale": GUIDANCE}), probe
+
+        def final(dtype: str, steps: int, exact: bool, parts: dict[str, Any] = parts) -> torch.Tensor:
+            sampler, probe = parts[dtype]
+            probe.prepare(torch.linspace(1, 0, steps + 1, dtype=torch.float64), order=3, exact=exact)
+            return run_module.run(sampler, probe, range(8), "convergence", steps)[-1].float()
+
+        converged = final("float32", 200, False)
+        for exact in (False, True):
+            errors = [(final("bfloat16", n, exact) - converged).square().mean().item() for n in (25, 50, 100, 200)]
+            shown = ", ".join(f"{e:.2g}" for e in errors)
+            kind = "carried" if exact else "rounded"
+            print(f"{family}: bfloat16 teacher of 25, 50, 100, 200 steps, states {kind}: {shown}", flush=True)
+        sampler, probe = parts["bfloat16"]
+        test = reference(sampler, probe, range(samples), "test", 100, 3, samples, progress=False)
+        for dtype, (its_sampler, its_probe) in parts.items():
+            splits = [
+                (range(n), reference(its_sampler, its_probe, range(n), split, 100, 3, samples, progress=False))
+                for split, n in (("train", samples), ("validation", samples // 2))
+            ]
+            form = closed_form.ClosedForm(its_sampler, its_probe, *splits, samples // 2, lambda t: t)
+            found = polish(form, form.search(nfe, 25, 1e-4), 1)
+            probe.prepare_spec(found.spec)
+            mse = (run_module.run(sampler, probe, range(samples), "test", nfe)[-1] - test.final).square().mean().item()
+            print(f"{family}: {nfe} calls searched in {dtype}, run in bfloat16: {mse:.3g}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/bench-search"))
@@ -502,11 +542,14 @@ def main() -> None:
         parser.add_argument(f"--{method}-seeds", type=int, default=len(SEEDS), help="so many of the seeds, with it")
     parser.add_argument("--ablation", action="store_true")
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--precision", action="store_true")
     parser.add_argument("--update", action="store_true")
     given = parser.parse_args()
     given.output.mkdir(parents=True, exist_ok=True)
     if given.memory:
         memory()
+    elif given.precision:
+        precision(given.families)
     elif given.ablation:
         ablation(given.output, given.seeds, given.families, given.update)
     else:

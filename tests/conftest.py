@@ -54,3 +54,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="slow; run with --run-slow"))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folder of a saved pipeline by family, tiny ones of random weights."""
+    from test_search import FAMILIES, make_pipe
+
+    folder = tmp_path_factory.mktemp("models")
+    for family in FAMILIES:
+        make_pipe(family).save_pretrained(folder / family)
+    return {family: folder / family for family in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def model(models):
+    """That of the flow model."""
+    return models["flow"]

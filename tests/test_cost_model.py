@@ -12,7 +12,7 @@ import torch
 from cost_model import BEGIN, END, MODELS, README, busiest, measured, numbers, reduced_bytes, report
 from safetensors.torch import load_file
 from test_gradient import told
-from test_search import CLOSED_FORM, PAPER, WARP, lines_of, make_pipe, search, searched
+from test_search import CLOSED_FORM, PAPER, WARP, lines_of, search, searched
 from torch.utils.flop_counter import FlopCounterMode
 
 from dssolver_search import run as run_module
@@ -87,13 +87,6 @@ RUNS = {
              "optimizer": "adam"},
     "paper": {**PAPER, "num_generated_samples": 9, "validation_steps": 2, "teacher_steps": 10},
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    make_pipe("flow").save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize("run", RUNS)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_search import CLOSED_FORM, PAPER, Bowl, Killed, arguments, fit_bowl, make_pipe, without_clock
+from test_search import CLOSED_FORM, PAPER, Bowl, Killed, arguments, fit_bowl, without_clock
 
 from diffusers_dssolver import DSSolverScheduler
 from dssolver_search import fit as fit_module
@@ -179,13 +179,6 @@ class Server(Forks):
         [code], [log] = self((method, output, (None, 0)))
         assert code == 0 and "Traceback" not in log, log
         return log
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    make_pipe("flow").save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import time
 
 import pytest
 from test_never_lost import Forks
-from test_search import arguments, make_pipe, without_clock
+from test_search import arguments, without_clock
 
 from dssolver_search.closed_form import comparable
 from dssolver_search.state import read_record
@@ -61,13 +61,6 @@ def run(forks, processes, argv, end=(None, 0)):
     alone = (None, 0)
     ranks = [{**several, "RANK": str(k), "LOCAL_RANK": str(k)} for k in range(processes)]
     return forks.run(*[(argv, alone if rank["RANK"] != "0" else end, rank) for rank in ranks])
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    make_pipe("flow").save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -726,15 +726,6 @@ def search(model, output, settings=CLOSED_FORM, **changes):
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """Folder of a saved pipeline by family."""
-    folder = tmp_path_factory.mktemp("models")
-    for family in FAMILIES:
-        make_pipe(family).save_pretrained(folder / family)
-    return {family: folder / family for family in FAMILIES}
-
-
-@pytest.fixture(scope="module")
 def results(models, tmp_path_factory):
     """Folder of a finished closed-form search by family."""
     folder = tmp_path_factory.mktemp("results")

@@ -12,7 +12,6 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from test_search import (
     CLOSED_FORM,
-    FAMILIES,
     PAPER,
     GaussianModel,
     both,
@@ -65,14 +64,6 @@ def taught(sampler, scheduler="", steps=20, indices=range(4), split="train", **k
 def finals(sampler, steps, order=3):
     """Final states of the four samples of the estimate, by an ordinary reference."""
     return reference(sampler, make_probe(sampler.pipe), range(4), "convergence", steps, order, 4, progress=False).final
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    for family in FAMILIES:
-        make_pipe(family).save_pretrained(folder / family)
-    return {family: folder / family for family in FAMILIES}
 
 
 # --- the estimate -----------------------------------------------------------------------------------------------------
