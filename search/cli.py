@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
 
 from .config import CompareConfig, SearchConfig, parse
 
 INTERRUPTED = 130  # what a shell reports of a command that Ctrl-C ended
+# settings, then the module that is imported only when its command is given, and what it calls
+COMMANDS: dict[str, tuple[type, str, str]] = {
+    "search": (SearchConfig, "run", "search"),
+    "compare": (CompareConfig, "compare", "compare"),
+}
 USAGE = (
-    "usage: python -m dssolver_search {search,compare} [--config recipe.toml] [--key value ...]   (--help for the keys)"
+    f"usage: python -m dssolver_search {{{','.join(COMMANDS)}}} [--config recipe.toml] [--key value ...]   "
+    "(--help for the keys)"
 )
 
 
@@ -19,20 +27,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     and exit status 130."""
     command, *rest = list(sys.argv[1:] if argv is None else argv) or [""]
     prog = f"dssolver_search {command}"
+    if command not in COMMANDS:
+        print(USAGE, file=sys.stderr)
+        sys.exit(0 if command in ("-h", "--help") else 2)
+    config, module, function = COMMANDS[command]
     try:
-        if command == "search":
-            settings = parse(SearchConfig, rest, prog)
-            from .run import Search
-
-            Search(settings)()
-        elif command == "compare":
-            comparison = parse(CompareConfig, rest, prog)
-            from .compare import compare
-
-            compare(comparison)
-        else:
-            print(USAGE, file=sys.stderr)
-            sys.exit(0 if command in ("-h", "--help") else 2)
+        settings = parse(config, rest, prog)
+        run: Callable[[Any], None] = getattr(import_module(f".{module}", __package__), function)
+        run(settings)
     except ValueError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -632,6 +632,11 @@ class Search:
         return reduced(self.accelerator, tensor)
 
 
+def search(config: SearchConfig) -> None:
+    """The command."""
+    Search(config)()
+
+
 def _entry(found: Candidate) -> dict[str, Any]:
     """A fitted solver as it stands in the state."""
     how = {"warp": list(found.warp), "ridge": found.ridge, "validation_mse": found.validation_mse}
