@@ -6,6 +6,7 @@ accepted. "Full" configurations hold every key of `DSSolverScheduler.__init__`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,12 +18,15 @@ CLASSICAL = "classical"
 SHIFT_KEYS = ("shift", "use_dynamic_shifting", "time_shift_type", "shift_terminal")
 BETA_KEYS = ("beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr", "snr_shift_scale")
 SCHEDULE_KEYS = ("num_train_timesteps", "prediction_type", "invert_sigmas", *BETA_KEYS, *SHIFT_KEYS)
-ARTEFACT_KEYS = ("solvers", "provenance", "continuous_time", "searched_shift", "interpolate_corrections")
+ARTEFACT_KEYS = (
+    "solvers", "guidance_solvers", "provenance", "continuous_time", "searched_shift", "interpolate_corrections"
+)  # fmt: skip
 BOOLEAN_KEYS = (
     "rescale_betas_zero_snr", "continuous_time", "use_dynamic_shifting", "invert_sigmas", "strict", "thresholding",
     "interpolate_corrections",
 )  # fmt: skip
 LARGE = 1e9
+MAX_SCALES = 100
 FACTORS = (MIN_FACTOR, MAX_FACTOR)
 BELOW_ONE = (0.0, 1 - 1e-6)
 
@@ -56,6 +60,12 @@ def check_options(config: Mapping[str, Any]) -> None:
         _check_whole("history_length", config["history_length"], LARGE)
     for key in ("base_image_seq_len", "max_image_seq_len", "max_shift", "base_shift"):
         _check_number(key, config[key], (0, LARGE), optional=True)
+    _check_number("guidance_scale", config["guidance_scale"], (-LARGE, LARGE), optional=True)
+    if config["guidance_scale"] is not None and not config["guidance_solvers"]:
+        raise ValueError(
+            f"guidance_scale is {config['guidance_scale']}, but these solvers have no tables by guidance "
+            "(guidance_solvers); leave guidance_scale out"
+        )
     _check_number("dynamic_thresholding_ratio", config["dynamic_thresholding_ratio"], (0, 1))
     _check_number("sample_max_value", config["sample_max_value"], (1, LARGE))
     if config["thresholding"] and config["prediction_type"] == "flow_prediction":
@@ -126,6 +136,34 @@ def read_solvers(solvers: Any, path: Path) -> dict[int, SolverSpec]:
     return specs
 
 
+def read_guidance_solvers(by_scale: Any, path: Path) -> dict[float, dict[int, SolverSpec]]:
+    """`guidance_solvers` of a configuration: checked specs by guidance scale, rising, and by NFE."""
+    if by_scale is None:
+        return {}
+    if not isinstance(by_scale, Mapping) or not 1 <= len(by_scale) <= MAX_SCALES:
+        kind = f"a dict from 1 to {MAX_SCALES} guidance scales to solvers"
+        raise ValueError(f"guidance_solvers must be {kind}, not {_short(by_scale)}")
+    found: dict[float, dict[int, SolverSpec]] = {}
+    for key, solvers in by_scale.items():
+        name = f"guidance_solvers[{str(key)[:60]!r}]"
+        try:
+            scale = float(key)
+        except (TypeError, ValueError, OverflowError):
+            scale = math.nan
+        if not abs(scale) <= LARGE or scale in found:
+            raise ValueError(f"{name}: the key must be a guidance scale, each one once")
+        if not isinstance(solvers, Mapping):
+            raise ValueError(f"{name} is {_short(solvers)}; it must be a dict from step counts to solvers")
+        try:
+            found[scale] = read_solvers(solvers, path)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    counts = [sorted(specs) for specs in found.values()]
+    if any(other != counts[0] for other in counts):
+        raise ValueError("guidance_solvers: every guidance scale must have tables for the same step counts")
+    return dict(sorted(found.items()))
+
+
 def is_flow(config: Mapping[str, Any]) -> bool:
     """Whether any scheduler's configuration is a flow model's: it says so, or has a shift and no betas (FlowMatch)."""
     if "solvers" in config:  # ours, perhaps carried along by another class: it says what it is
@@ -144,7 +182,8 @@ def mismatch(model: Mapping[str, Any], solver: Mapping[str, Any]) -> str | None:
         return f"is for {kinds[0]} models, this model is {kinds[1]}: it would be meaningless"
     ours, theirs = _facts(solver), _facts(model)
     free = set(SHIFT_KEYS) if searched_at(solver) else set()
-    if not any("timesteps" in table for table in solver["solvers"].values()):
+    tables = [solver["solvers"], *(solver["guidance_solvers"] or {}).values()]
+    if not any("timesteps" in table for by_count in tables for table in by_count.values()):
         free.add("invert_sigmas")  # nodes are noise levels, whichever way the network counts its time
     for key in (key for key in theirs if key not in free):
         if ours[key] != theirs[key]:

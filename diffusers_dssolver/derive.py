@@ -81,6 +81,31 @@ def reshifted(spec: SolverSpec, searched: Shift, target: Shift, path: FlowPath) 
     return SolverSpec(nodes, tuple(tuple(b + d for b, d in zip(*pair, strict=True)) for pair in pairs), times)
 
 
+def at_guidance(by_scale: Mapping[float, Mapping[int, SolverSpec]], scale: float, path: Path) -> dict[int, SolverSpec]:
+    """Solvers by NFE for a guidance scale between searched ones: nodes, weights and network times of the next lower and
+    the next higher one, blended linearly in the scale; beyond all of them those of the nearest."""
+    scales = sorted(by_scale)
+    scale = min(max(scale, scales[0]), scales[-1])
+    lower, upper = max(s for s in scales if s <= scale), min(s for s in scales if s >= scale)
+    if lower == upper:
+        return dict(by_scale[lower])
+    share = (scale - lower) / (upper - lower)
+    return {nfe: _blended(spec, by_scale[upper][nfe], share, path) for nfe, spec in by_scale[lower].items()}
+
+
+def _blended(a: SolverSpec, b: SolverSpec, share: float, path: Path) -> SolverSpec:
+    """(1 - share) a + share b, both with as many steps."""
+
+    def mix(first: Sequence[float], second: Sequence[float]) -> Row:
+        return tuple((1 - share) * x + share * y for x, y in zip(first, second, strict=True))
+
+    rows = tuple(mix(*pair) for pair in zip(a.coefficients, b.coefficients, strict=True))
+    times = None
+    if a.timesteps is not None or b.timesteps is not None:
+        times = mix(*(spec.timesteps or _times(spec.nodes[:-1], path) for spec in (a, b)))
+    return SolverSpec(mix(a.nodes, b.nodes), rows, times)
+
+
 def corrections(spec: SolverSpec, path: Path) -> list[list[float]]:
     """What was learned: the weights minus the classical ones of the same nodes; every row sums to 0."""
     base = classical(spec.nodes, path).coefficients

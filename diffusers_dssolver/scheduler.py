@@ -25,11 +25,12 @@ from .config import (
     is_flow,
     make_path,
     mismatch,
+    read_guidance_solvers,
     read_shift,
     read_solvers,
     searched_at,
 )  # fmt: skip
-from .derive import Shift, classical, dynamic_shift, from_neighbours, reshifted, uniform_nodes, warp
+from .derive import Shift, at_guidance, classical, dynamic_shift, from_neighbours, reshifted, uniform_nodes, warp
 from .grids import TOLERANCE, is_default
 from .paths import FlowPath, VPPath
 from .published import published_config, published_solvers
@@ -79,6 +80,9 @@ class DSSolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
         use_flow_sigmas: kept for pipelines that read it.
         solvers: {"8": {"nodes": [9 numbers], "timesteps": [8, optional], "coefficients": [[1.0], ...]}, ...}, or
             "classical": derived solvers only, Adams-Bashforth 2 (flow) and DPM-Solver++(2M) (vp) on uniform nodes.
+        guidance_solvers: solvers by guidance scale, {"1.5": {"8": {...}, ...}, "4.0": {...}}, for the same step counts.
+        guidance_scale: that of the coming runs, which a scheduler is not told by pipelines: `guidance_solvers` of the
+            scales around it, blended, take the place of `solvers`; beyond all scales those of the nearest.
         provenance: how the solvers were found; data, not interpreted.
         strict: raise for a step count that has no table.
         interpolate_corrections: between two tables, derived solvers take over what both learned beside the nodes; set
@@ -135,6 +139,8 @@ class DSSolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
         searched_shift: dict[str, float | None] | None = None,
         interpolate_corrections: bool = False,
         history_length: int | None = None,
+        guidance_solvers: dict[str, dict[str, dict[str, list]]] | None = None,
+        guidance_scale: float | None = None,
     ) -> None:
         if isinstance(trained_betas, np.ndarray):
             self.register_to_config(trained_betas=trained_betas.tolist())
@@ -148,7 +154,12 @@ class DSSolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
         self._solvers = read_solvers(solvers, self._path)
         self._searched = read_shift(searched_shift)
         if self._solvers:  # plain lists under text keys, and no list of the caller's
-            self.register_to_config(solvers=Brief({str(n): spec.to_dict() for n, spec in self._solvers.items()}))
+            self.register_to_config(solvers=_plain(self._solvers))
+        if by_scale := read_guidance_solvers(guidance_solvers, self._path):
+            told = Brief({str(scale): _plain(specs) for scale, specs in by_scale.items()})
+            self.register_to_config(guidance_solvers=told)
+            if guidance_scale is not None:
+                self._solvers = at_guidance(by_scale, guidance_scale, self._path)
         if isinstance(provenance, dict):
             self.register_to_config(provenance=Brief(provenance))
         self._announced: set[int] = set()
@@ -596,6 +607,10 @@ def _in_dtype_of(x: Tensor, other: Tensor, p: Scalar, q: Scalar) -> Tensor:
     if isinstance(p, float) and p == 0.0:
         return other.to(x.dtype, copy=True) if q == 1.0 else weighted_sum([(q, other.to(x.dtype))])
     return weighted_sum([(p, x), (q, other)])
+
+
+def _plain(specs: Mapping[int, SolverSpec]) -> Brief:
+    return Brief({str(nfe): spec.to_dict() for nfe, spec in specs.items()})
 
 
 def _filled(config: Mapping[str, Any]) -> dict[str, Any]:

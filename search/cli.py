@@ -8,13 +8,14 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
-from .config import CompareConfig, SearchConfig, parse
+from .config import CompareConfig, MergeConfig, SearchConfig, parse
 
 INTERRUPTED = 130  # what a shell reports of a command that Ctrl-C ended
 # settings, then the module that is imported only when its command is given, and what it calls
 COMMANDS: dict[str, tuple[type, str, str]] = {
     "search": (SearchConfig, "run", "search"),
     "compare": (CompareConfig, "compare", "compare"),
+    "merge": (MergeConfig, "merge", "merge"),
 }
 USAGE = (
     f"usage: python -m dssolver_search {{{','.join(COMMANDS)}}} [--config recipe.toml] [--key value ...]   "

@@ -27,7 +27,7 @@ OBJECTIVES = ("terminal", "trajectory", "mixed", "paper")
 PERCEPTUAL = "perceptual"  # the objective on decoded images, see `perceptual`
 GROUPS = ("nodes", "coefficients", "times")
 DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
-T = TypeVar("T", bound="ModelConfig")
+T = TypeVar("T")
 
 
 def option(help: str, **kwargs: Any) -> Any:
@@ -197,6 +197,23 @@ class CompareConfig(ModelConfig):
         super().__post_init__()
         for name in ("num_samples", "reference_steps", "num_pictures"):
             _require(self, name, getattr(self, name) >= 1, "1 or more")
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """Settings of `merge`."""
+
+    solver: list[str] = option("solvers searched at one guidance scale each: folders or Hub ids", default_factory=list)
+    output_dir: str = option("folder for the one that holds them all", default="")
+    guidance_scale: float | None = option(
+        "whose tables are used where no guidance_scale is asked for; none: the middle one's", default=None
+    )
+
+    def __post_init__(self) -> None:
+        if not self.output_dir:
+            raise ValueError("output_dir is missing; give --output_dir")
+        if len(self.solver) < 2:
+            raise ValueError(f"solver names {len(self.solver)}; give two or more")
 
 
 def parse(cls: type[T], argv: Sequence[str], prog: str) -> T:

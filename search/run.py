@@ -53,7 +53,10 @@ from .teacher import Convergence, Reference, Teacher, convergence, reference
 
 SOLVER_KEYS = ("nodes", "timesteps", "coefficients")
 # of a solver that the pipeline already had
-OWN_KEYS = ("solvers", "provenance", "strict", "history_length", "searched_shift", "interpolate_corrections")
+OWN_KEYS = (
+    "solvers", "guidance_solvers", "guidance_scale", "provenance", "strict", "history_length", "searched_shift",
+    "interpolate_corrections",
+)  # fmt: skip
 # of each solver, in the provenance
 RECORDED = (
     "kind", "source", "validation_mse", "classical_mse", "rejected", "warp", "ridge", "parameters", "stages"
