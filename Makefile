@@ -10,10 +10,12 @@ THREADS ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
 
 .PHONY: demo test test-slow test-pipelines lint bench bench-search bench-processes clean
 
-$(VENV)/.installed: pyproject.toml
+# torch is named twice: for the newest torchvision, which clean-fid asks for, pip would replace it by the newest torch
+$(VENV)/.installed: pyproject.toml tests/torchvision_on_cpu.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet "$(TORCH)" --editable ".[dev]"
+	$(BIN)/python tests/torchvision_on_cpu.py
 	touch $@
 
 # search an embedded model (flow or vp) at 5 and 8 network calls, then compare with diffusers' own schedulers
@@ -51,6 +53,7 @@ bench-search: $(VENV)/.installed
 	$(BIN)/python -m tests.bench_search --output "$(RUNS)/bench-search" --ablation --seeds 0
 	$(BIN)/python -m tests.bench_search --memory
 	$(BIN)/python -m tests.bench_search --precision
+	$(BIN)/python -m tests.bench_guidance --output "$(RUNS)/bench-guidance"
 
 # throughput of two processes over one, on an idle machine
 bench-processes: $(VENV)/.installed

@@ -8,7 +8,17 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
-from .config import CompareConfig, MergeConfig, SearchConfig, parse
+from .config import (
+    CardsConfig,
+    CompareConfig,
+    EvaluateConfig,
+    MergeConfig,
+    PlotConfig,
+    PublishConfig,
+    ReportConfig,
+    SearchConfig,
+    parse,
+)
 
 INTERRUPTED = 130  # what a shell reports of a command that Ctrl-C ended
 # settings, then the module that is imported only when its command is given, and what it calls
@@ -16,6 +26,11 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
     "search": (SearchConfig, "run", "search"),
     "compare": (CompareConfig, "compare", "compare"),
     "merge": (MergeConfig, "merge", "merge"),
+    "evaluate": (EvaluateConfig, "evaluate", "evaluate"),
+    "plot": (PlotConfig, "plots", "plot"),
+    "report": (ReportConfig, "report", "report"),
+    "publish": (PublishConfig, "publish", "publish"),
+    "cards": (CardsConfig, "publish", "cards"),
 }
 USAGE = (
     f"usage: python -m dssolver_search {{{','.join(COMMANDS)}}} [--config recipe.toml] [--key value ...]   "

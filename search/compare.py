@@ -1,81 +1,59 @@
 """The `compare` command: searched solvers beside diffusers' own schedulers, same seeds, conditions and guidance.
 
-Each stock scheduler runs as its documentation configures it for the model's family (flow or vp) on every node spacing
-it offers, and only its best spacing per NFE is shown. Calls of the network are counted, not assumed. Nothing here
-knows how a solver was found.
+Every scheduler of `baselines` runs in every spacing it offers, and only its best per NFE is shown. Calls of the network
+are counted, not assumed. What each batch of samples gave is kept on disk, so that a killed comparison goes on, and the
+batches are shared by all processes. Nothing here knows how a solver was found.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import math
-import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
+from accelerate import Accelerator
+from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from diffusers_dssolver import DSSolverScheduler
-from diffusers_dssolver.config import is_flow
 
+from .baselines import Run, family, runs
 from .config import CompareConfig
-from .plots import comparison_picture, error_curves
-from .sampling import Sampler, load_pipeline, prompts_of
-from .stock import configured
+from .perceptual import distance, load_feature_network
+from .plots import comparison_picture, error_curves, strip
+from .sampling import Sampler, load_pipeline, one_line, prompts_of
+from .state import Kept, kept, remove_partial_files, say, write_text
 
-Options = dict[str, Any]
-KARRAS: Options = {"use_karras_sigmas": True}
-EXPONENTIAL: Options = {"use_exponential_sigmas": True}
-LOG_SNR: Options = {"use_lu_lambdas": True}
-
-
-@dataclass(frozen=True)
-class Stock:
-    """A scheduler of diffusers for one family: class name, its fixed options, and node spacings by name."""
-
-    cls: str
-    options: Options
-    spacings: Mapping[str, Options]
-    calls_per_step: int = 1
-
-
-def _vp(cls: str, log_snr: Options, calls_per_step: int = 1, **options: Any) -> Stock:
-    uniform = {"trailing": {"timestep_spacing": "trailing"}, "linspace": {"timestep_spacing": "linspace"}}
-    return Stock(cls, options, {**uniform, "karras": KARRAS, "log-SNR": log_snr}, calls_per_step)
-
-
-def _flow(cls: str, spacings: Mapping[str, Options], calls_per_step: int = 1, **options: Any) -> Stock:
-    return Stock(cls, options, {"uniform": {}, **spacings}, calls_per_step)
-
-
-VP: dict[str, Stock] = {
-    "unipc": _vp("UniPCMultistepScheduler", EXPONENTIAL, solver_order=2),
-    "dpmpp_2m": _vp("DPMSolverMultistepScheduler", LOG_SNR, algorithm_type="dpmsolver++", solver_order=2),
-    "dpmpp_3m": _vp("DPMSolverMultistepScheduler", LOG_SNR, algorithm_type="dpmsolver++", solver_order=3),
-    "deis": _vp("DEISMultistepScheduler", EXPONENTIAL, solver_order=2),
-    "heun": _vp("HeunDiscreteScheduler", EXPONENTIAL, 2),
-    "euler": _vp("EulerDiscreteScheduler", EXPONENTIAL),
-}
-FLOW: dict[str, Stock] = {
-    "unipc": _flow("UniPCMultistepScheduler", {"karras": KARRAS}, solver_order=2),
-    "dpmpp_2m": _flow("DPMSolverMultistepScheduler", {"karras": KARRAS, "log-SNR": LOG_SNR}, solver_order=2),
-    "dpmpp_3m": _flow("DPMSolverMultistepScheduler", {"karras": KARRAS, "log-SNR": LOG_SNR}, solver_order=3),
-    "deis": _flow("DEISMultistepScheduler", {"karras": KARRAS}, solver_order=2),
-    "heun": _flow("FlowMatchHeunDiscreteScheduler", {}, 2),
-    "euler": _flow("FlowMatchEulerDiscreteScheduler", {"karras": KARRAS, "log-SNR": EXPONENTIAL}),
-}
+SPLIT = "test"  # of all noise: no search draws from it
+RESAMPLES = 1000  # of the bootstrap
+ERRORS = ("mse", "image_mse", "feature_distance")  # of each sample
 
 
 @dataclass
 class Result:
-    """One scheduler at one NFE on the test samples. `mse`, `psnr`: of final states against the converged reference."""
+    """One scheduler at one NFE on the test samples, against the converged reference.
+
+    Attributes:
+        spacing: of its nodes, and its variant; of ours, whether the table was searched or derived.
+        calls: of the network for one sample, a guided step counting one.
+        mse, psnr: of final states (latents), over their range in the reference, dB; infinite where it breaks down.
+        mse_interval: 95 %, by bootstrap over samples.
+        image_mse, image_psnr: of the images in [0, 1].
+        feature_distance: of the images in a feature network, if one was named (`perceptual.distance`).
+        seconds: per image, decoding included.
+        configuration: class and options, for people.
+        picture: file with the first images side by side, below the folder of the comparison.
+    """
 
     scheduler: str
     nfe: int
@@ -85,27 +63,76 @@ class Result:
     psnr: float
     seconds: float
     searched: bool
+    mse_interval: list[float] | None = None
+    image_mse: float | None = None
+    image_psnr: float | None = None
+    feature_distance: float | None = None
+    configuration: str = ""
+    picture: str | None = None
     pictures: list[Any] = field(repr=False, default_factory=list)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What one run gave: final states (n, ...), images (n, H, W, C) or frames (n, F, H, W, C) uint8, and of one sample
+    the network evaluations and seconds."""
+
+    final: Tensor
+    images: Tensor
+    evaluations: float
+    seconds: float
 
 
 class Comparison:
     """Runs schedulers through one pipeline on the same test samples."""
 
     def __init__(self, config: CompareConfig) -> None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.config, self.accelerator = config, Accelerator()
+        device = self.accelerator.device
         pipe = load_pipeline(config.pretrained_model_name_or_path, config.dtype, device, config.revision)
-        self.config, self.model_config = config, pipe.scheduler.config
+        self.model_config = pipe.scheduler.config
         self.sampler = Sampler(pipe, config.call_arguments, prompts_of(config), config.seed)
         # every artefact is loaded, and its noise schedule checked, before anything is run
-        self.ours = {_name(s): DSSolverScheduler.from_config(self.model_config, solvers=s) for s in config.solver}
-        known = FLOW if is_flow(self.model_config) else VP
-        if missing := [s for s in config.schedulers if s not in known]:
-            raise ValueError(f"scheduler {missing[0]!r} is unknown; known: {', '.join(known)}")
-        self.stock = {name: known[name] for name in config.schedulers}
+        self.ours = {_name(source): self._ours(source) for source in config.solver}
+        self.stock = family(self.model_config, config.schedulers)
+        self.features = load_feature_network(config.feature_network, device) if config.feature_network else None
+        self.cache = Path(config.output_dir) / "cache"
         self.single_call = 1
 
-    def sample(self, scheduler: Any, steps: int) -> tuple[Tensor, list[Any], float, float]:
-        """Final states (n, ...), the first pictures, network evaluations per sample, and seconds per sample."""
+    def _ours(self, source: str) -> Any:
+        """A searched solver, for the guidance of this run."""
+        scheduler = DSSolverScheduler.from_config(self.model_config, solvers=source)
+        default = getattr(self.sampler.accepted.get("guidance_scale"), "default", None)
+        guidance = self.config.call_arguments.get("guidance_scale", default)
+        if scheduler.config.guidance_solvers and isinstance(guidance, (int, float)):
+            return DSSolverScheduler.from_config(scheduler.config, guidance_scale=float(guidance))
+        told = ((scheduler.config.provenance or {}).get("call") or {}).get("guidance_scale", guidance)
+        if told != guidance and self.accelerator.is_main_process:
+            say(f"{source} was searched at guidance scale {told}, this run is at {guidance}")
+        return scheduler
+
+    # --- what runs -------------------------------------------------------------------------------------------------
+
+    def candidates(self, nfe: int) -> Iterator[Run]:
+        """Every run at this NFE."""
+        for name, scheduler in self.ours.items():
+            kind = "searched" if nfe in scheduler.tables else "derived"
+            yield Run(name, nfe, kind, scheduler, nfe, True, f"DSSolverScheduler, {kind} table")
+        for name, stock in self.stock.items():
+            yield from runs(name, stock, nfe, self.model_config, self.sampler.pipe, self.sampler.accepted)
+
+    def sample(self, scheduler: Any, steps: int, batch: Sequence[int] | None = None, **call: Any) -> Sampled:
+        """One run on these test samples, or on all of them batch by batch."""
+        if batch is None:
+            parts = [self.sample(scheduler, steps, b, **call) for b in self._batches()]
+            count = self.config.num_samples
+            shares = [len(part.final) / count for part in parts]
+            return Sampled(
+                torch.cat([part.final for part in parts]),
+                torch.cat([part.images for part in parts]),
+                sum(part.evaluations * share for part, share in zip(parts, shares, strict=True)),
+                sum(part.seconds * share for part, share in zip(parts, shares, strict=True)),
+            )
         final: list[Tensor] = []
         take = scheduler.step
 
@@ -116,85 +143,212 @@ class Comparison:
             return result
 
         scheduler.step = recording
-        states, pictures = [], []
         before, began = self.sampler.network_evaluations, time.perf_counter()
         try:
             with self.sampler.using(scheduler):
-                for first in range(0, self.config.num_samples, self.config.batch_size):
-                    batch = range(first, min(first + self.config.batch_size, self.config.num_samples))
-                    final.clear()
-                    output = self.sampler(batch, "test", steps)
-                    states.append(final[0][: len(batch)].float().cpu())
-                    pictures += list(output[0])[: self.config.num_pictures - len(pictures)]
+                output = self.sampler(batch, SPLIT, steps, **call)
         finally:
             del scheduler.step
+        seconds = (time.perf_counter() - began) / len(batch)
+        evaluations = (self.sampler.network_evaluations - before) / len(batch)
+        images = torch.stack([as_uint8(picture) for picture in output[0]])
+        return Sampled(final[0][: len(batch)].float().cpu(), images, evaluations, seconds)
+
+    def _batches(self) -> list[range]:
         count = self.config.num_samples
-        evaluations = (self.sampler.network_evaluations - before) / count
-        return torch.cat(states), pictures, evaluations, (time.perf_counter() - began) / count
+        size = min(self.config.batch_size, -(-count // self.accelerator.num_processes))
+        return [range(first, min(first + size, count)) for first in range(0, count, size)]
 
-    def reference(self) -> tuple[Tensor, list[Any], float]:
-        """Final states of many classical steps, their pictures, and the mse between them and half as many steps."""
+    # --- what is kept ----------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def key(self) -> list[Any]:
+        """What every run depends on."""
+        versions = {"diffusers": diffusers.__version__, "torch": torch.__version__}
+        return [self.sampler.fingerprint(range(self.config.num_samples)), str(self.sampler.pipe.dtype), versions]
+
+    def _kept(self, facts: Sequence[Any], make: Callable[[], Kept]) -> Kept:
+        """What a batch of a run gave: from disk, where it was made before."""
+        text = json.dumps([self.key, *facts], sort_keys=True, default=str)
+        file = self.cache / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
+        return kept(file, make)
+
+    def _reference(self, steps: int, batch: range) -> Kept:
+        """Final states and images of many classical steps."""
+
+        def make() -> Kept:
+            made = self.sample(DSSolverScheduler.from_config(self.model_config, solvers="classical"), steps, batch)
+            return {"final": made.final, "images": made.images}, {"evaluations": repr(made.evaluations)}
+
+        return self._kept(["reference", steps, list(batch)], make)
+
+    def _errors(self, run: Run, batch: range) -> Kept:
+        """How far each sample of a run is from the reference, and its first images."""
+
+        def make() -> Kept:
+            try:
+                made = self.sample(run.scheduler, run.steps, batch, **run.call)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # whatever a scheduler of diffusers raises in a pipeline that is not for it
+                if run.searched:
+                    raise
+                return {}, {"refused": one_line(error)}
+            wanted, _ = self._reference(self.config.reference_steps, batch)
+            parts = {"mse": _mse(made.final, wanted["final"]), "image_mse": _mse(made.images, wanted["images"], 255)}
+            if self.features:
+                pair = [self.features(_for_features(i)) for i in (made.images, wanted["images"])]
+                parts["feature_distance"] = torch.stack(
+                    [
+                        distance([f[k : k + 1] for f in pair[0]], [w[k : k + 1] for w in pair[1]])
+                        for k in range(len(batch))
+                    ]
+                )
+            shown = max(self.config.num_pictures - batch[0], 0)
+            parts["images"] = made.images[:shown]
+            return parts, {"evaluations": repr(made.evaluations), "seconds": repr(made.seconds)}
+
+        digest = self.features.digest if self.features else None
+        how = [type(run.scheduler).__name__, dict(run.scheduler.config), run.steps, run.call]
+        return self._kept([how, self.config.reference_steps, self.config.num_pictures, digest, list(batch)], make)
+
+    # --- the whole -------------------------------------------------------------------------------------------------
+
+    def reference(self) -> tuple[Tensor, Tensor, float]:
+        """Final states and images of many classical steps on all samples, and the mse between them and half as many
+        steps."""
         steps = self.config.reference_steps
-        scheduler = DSSolverScheduler.from_config(self.model_config, solvers="classical")
-        half = self.sample(scheduler, max(steps // 2, 1))[0]
-        final, pictures, evaluations, _ = self.sample(scheduler, steps)
-        self.single_call = max(
-            round(evaluations / steps), 1
-        )  # guidance in one doubled call, or two calls, counts double
-        return final, pictures, (half - final).square().mean().item()
+        parts, metadata = zip(*(self._reference(steps, batch) for batch in self._batches()), strict=True)
+        half = torch.cat([self._reference(max(steps // 2, 1), batch)[0]["final"] for batch in self._batches()])
+        # guidance in one doubled call, or two calls, counts double
+        self.single_call = max(round(float(metadata[0]["evaluations"]) / steps), 1)
+        final = torch.cat([part["final"] for part in parts])
+        return final, torch.cat([part["images"] for part in parts]), (half - final).square().mean().item()
 
-    def candidates(self, nfe: int) -> Iterator[tuple[str, str, Any, int, bool]]:
-        """(name, spacing, scheduler, steps, searched) of every run at this NFE."""
-        for name, scheduler in self.ours.items():
-            kind = "searched" if nfe in scheduler.tables else "derived"
-            yield name, kind, scheduler, nfe, True
-        for name, stock in self.stock.items():
-            steps = nfe if stock.calls_per_step == 1 else (nfe + 1) // 2  # Heun's last step is a single call
-            cls = getattr(diffusers, stock.cls)
-            for spacing, options in stock.spacings.items():
-                yield name, spacing, configured(cls, self.model_config, **stock.options, **options), steps, False
-
-    def run(self) -> tuple[list[Result], float, list[Any]]:
+    def run(self) -> tuple[list[Result], float, list[np.ndarray]]:
         """Every result, the best spacing of each stock scheduler per NFE; the reference's own error; its pictures."""
-        wanted, reference_pictures, uncertainty = self.reference()
-        span = (wanted.max() - wanted.min()).item()
+        steps = self.config.reference_steps
+        halves = [max(steps // 2, 1), steps]
+        every = [run for nfe in self.config.nfe for run in self.candidates(nfe)]
+        self._share("reference", [(self._reference, n, batch) for n in halves for batch in self._batches()])
+        self._share("compare", [(self._errors, run, batch) for run in every for batch in self._batches()])
+        final, images, uncertainty = self.reference()
+        span = (final.max() - final.min()).item()
         results: dict[tuple[str, int], Result] = {}
-        runs = [(nfe, run) for nfe in self.config.nfe for run in self.candidates(nfe)]
-        for nfe, (name, spacing, scheduler, steps, searched) in tqdm(runs, desc="compare", unit="run"):
-            final, pictures, evaluations, seconds = self.sample(scheduler, steps)
-            mse = (final - wanted).square().mean().item()
-            if not math.isfinite(mse):
-                mse = math.inf
-            psnr = 10 * math.log10(span**2 / mse) if 0 < mse < math.inf else -math.inf
-            calls = round(evaluations / self.single_call)
-            result = Result(name, nfe, spacing, calls, mse, psnr, seconds, searched, pictures)
-            if (name, nfe) not in results or mse < results[name, nfe].mse:
-                results[name, nfe] = result
-        return list(results.values()), uncertainty, reference_pictures
+        for run in every:
+            result = self._result(run, span)
+            if result and ((run.name, run.nfe) not in results or result.mse < results[run.name, run.nfe].mse):
+                results[run.name, run.nfe] = result
+        return list(results.values()), uncertainty, list(images[: self.config.num_pictures].numpy())
+
+    def _share(self, title: str, tasks: Sequence[tuple[Callable, Any, range]]) -> None:
+        """Every process does its share; none goes on before all are done."""
+        mine = tasks[self.accelerator.process_index :: self.accelerator.num_processes]
+        for make, what, batch in tqdm(mine, desc=title, unit="run", disable=not self.accelerator.is_main_process):
+            make(what, batch)
+        self.accelerator.wait_for_everyone()
+
+    def _result(self, run: Run, span: float) -> Result | None:
+        """All batches of a run together; None if the pipeline and the scheduler do not go together."""
+        parts, metadata = zip(*(self._errors(run, batch) for batch in self._batches()), strict=True)
+        if refused := next((m["refused"] for m in metadata if "refused" in m), None):
+            if self.accelerator.is_main_process:
+                say(f"{run.name} ({run.spacing}) cannot run at {run.nfe} calls and is left out: {refused}")
+            return None
+        samples = {name: torch.cat([p[name] for p in parts]).double() for name in ERRORS if name in parts[0]}
+        errors = {name: values.mean().item() for name, values in samples.items()}
+        shares = [len(p["mse"]) / self.config.num_samples for p in parts]
+        evaluations, seconds = (
+            sum(float(m[key]) * share for m, share in zip(metadata, shares, strict=True))
+            for key in ("evaluations", "seconds")
+        )
+        finite = math.isfinite(errors["mse"])
+        return Result(
+            run.name, run.nfe, run.spacing, round(evaluations / self.single_call),
+            errors["mse"] if finite else math.inf, psnr(errors["mse"], span), seconds, run.searched,
+            interval(samples["mse"]) if finite else None,
+            errors["image_mse"], psnr(errors["image_mse"], 1.0), errors.get("feature_distance"), run.configuration,
+            pictures=list(torch.cat([p["images"] for p in parts]).numpy()),
+        )  # fmt: skip
 
 
 def compare(config: CompareConfig) -> None:
-    """Run the comparison; print the table, write comparison.json, comparison.png and error.png."""
+    """Run the comparison; print the tables, write comparison.json, comparison.png, error.png and pictures/.
+
+    Raises:
+        ValueError: a setting, the model or a solver is at fault; one line, and nothing is written.
+    """
     comparison = Comparison(config)
     folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    results, uncertainty, reference_pictures = comparison.run()
+    if comparison.cache.is_dir():
+        remove_partial_files(comparison.cache)
+    try:
+        results, uncertainty, reference_pictures = comparison.run()
+        if comparison.accelerator.is_main_process:
+            _write(folder, config, results, uncertainty, reference_pictures)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; the same command goes on from what {folder} holds") from None
+    comparison.accelerator.end_training()
+
+
+def _write(
+    folder: Path, config: CompareConfig, results: list[Result], uncertainty: float, reference: list[np.ndarray]
+) -> None:
+    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    Image.fromarray(strip(reference)).save(folder / "pictures" / "reference.png")
+    for result in results:
+        result.picture = f"pictures/{result.scheduler.replace('/', '--')}-{result.nfe}.png"
+        Image.fromarray(strip(result.pictures)).save(folder / result.picture)
+    print(details(results))
     print(table(results, config, uncertainty))
     record = {
         "settings": asdict(config),
         "reference": {"steps": config.reference_steps, "mse_against_half_the_steps": uncertainty},
         "versions": {"diffusers": diffusers.__version__, "torch": torch.__version__},
-        "results": [{k: v for k, v in asdict(r).items() if k != "pictures"} for r in results],
+        "results": [_plain(result) for result in results],
     }
-    partial = folder / "comparison.json.tmp"
-    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, folder / "comparison.json")
-    comparison_picture(results, config, reference_pictures, folder / "comparison.png")
+    write_text(folder / "comparison.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
+    comparison_picture(results, config, reference, folder / "comparison.png")
     error_curves(results, folder / "error.png")
-    print(f"written to {folder}: comparison.json, comparison.png, error.png")
+    print(f"written to {folder}: comparison.json, comparison.png, error.png, pictures/")
 
 
-def table(results: list[Result], config: CompareConfig, uncertainty: float) -> str:
+def results_of_record(record: dict[str, Any]) -> list[Result]:
+    """The results in a `comparison.json`."""
+    return [
+        Result(**{**r, "mse": math.inf, "psnr": -math.inf} if r["mse"] is None else r) for r in record["results"]
+    ]  # fmt: skip
+
+
+def _plain(result: Result) -> dict[str, Any]:
+    """For JSON: no pictures, and null for what is not finite."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in asdict(result).items()
+        if key != "pictures"
+    }
+
+
+def details(results: Sequence[Result]) -> str:
+    """Everything measured, a line per scheduler and NFE; the columns that were not measured left out."""
+    columns: dict[str, Callable[[Result], Any]] = {
+        "calls": lambda r: r.calls,
+        "mse": lambda r: _short(r.mse),
+        "95 %": lambda r: " to ".join(map(_short, r.mse_interval)) if r.mse_interval else "",
+        "PSNR": lambda r: f"{r.psnr:.1f}",
+        "image mse": lambda r: _short(r.image_mse),
+        "PSNR ": lambda r: "" if r.image_psnr is None else f"{r.image_psnr:.1f}",
+        "features": lambda r: _short(r.feature_distance),
+        "s/image": lambda r: _short(r.seconds),
+        "": lambda r: f"{r.spacing}: {r.configuration}" if r.configuration else r.spacing,
+    }
+    shown = {name: cell for name, cell in columns.items() if any(str(cell(r)) for r in results)}
+    rows = [["NFE", "scheduler", *shown]]
+    rows += [[f"{r.nfe}", r.scheduler, *(str(cell(r)) for cell in shown.values())] for r in sorted_by_nfe(results)]
+    return "\n".join(["", "of final states (mse, PSNR) and images, against the reference", "", *aligned(rows, 2, -1)])
+
+
+def table(results: Sequence[Result], config: CompareConfig, uncertainty: float) -> str:
     """Final-state mse by scheduler (rows) and NFE (columns), the best stock one marked, and ours over it."""
     by = {(r.scheduler, r.nfe): r for r in results}
     names = list(dict.fromkeys(r.scheduler for r in results))
@@ -202,28 +356,82 @@ def table(results: list[Result], config: CompareConfig, uncertainty: float) -> s
         n: min((r for r in results if r.nfe == n and not r.searched), key=lambda r: r.mse, default=None)
         for n in config.nfe
     }
-    searched = [name for name in names if by[name, config.nfe[0]].searched]
     rows = [["", *(f"NFE {n}" for n in config.nfe)]]
     for name in names:
         cells = []
         for n in config.nfe:
-            r = by[name, n]
-            calls = "" if r.calls == n else f", {r.calls} calls"
-            cells.append(f"{r.mse:.3g} ({r.spacing}{calls})" + ("*" if r is best[n] else " "))
+            r = by.get((name, n))
+            calls = "" if r is None or r.calls == n else f", {r.calls} calls"
+            cells.append("- " if r is None else f"{r.mse:.3g} ({r.spacing}{calls})" + ("*" if r is best[n] else " "))
         rows.append([name, *cells])
-    for name in searched:
+    for name in dict.fromkeys(r.scheduler for r in results if r.searched):
         ratios = [f"{by[name, n].mse / b.mse:.2f} " if (b := best[n]) else "- " for n in config.nfe]
         rows.append([f"{name} / best *", *ratios])
+    return "\n".join(
+        [
+            "",
+            f"final-state mse against {config.reference_steps} steps, {config.num_samples} test samples",
+            "",
+            *aligned(rows, 1),
+            "",
+            "in brackets each scheduler's best node spacing; mse of the reference against half of them: "
+            f"{uncertainty:.1g}",
+        ]
+    )
+
+
+def sorted_by_nfe(results: Sequence[Result]) -> list[Result]:
+    return sorted(results, key=lambda r: r.nfe)
+
+
+def aligned(rows: Sequence[Sequence[str]], left: int, *also: int) -> list[str]:
+    """Lines with the first columns, and those of these numbers, flush left, the others flush right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["", f"final-state mse against {config.reference_steps} steps, {config.num_samples} test samples", ""]
-    for first, *others in rows:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *cells]))
-    lines += [
-        "",
-        f"in brackets each scheduler's best node spacing; mse of the reference against half of them: {uncertainty:.1g}",
+    flush = {*range(left), *(len(widths) + k for k in also)}
+    return [
+        "  ".join(
+            cell.ljust(width) if k in flush else cell.rjust(width)
+            for k, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
     ]
-    return "\n".join(lines)
+
+
+def interval(samples: Tensor) -> list[float]:
+    """95 % of the mean of (n,) errors, by bootstrap with a fixed seed."""
+    drawn = np.random.default_rng(0).integers(len(samples), size=(RESAMPLES, len(samples)))
+    return np.percentile(samples.numpy()[drawn].mean(1), [2.5, 97.5]).tolist()
+
+
+def psnr(mse: float, span: float) -> float:
+    """Peak signal-to-noise ratio in dB, for values that range over `span`."""
+    return 10 * math.log10(span**2 / mse) if 0 < mse < math.inf else math.inf if mse == 0 else -math.inf
+
+
+def as_uint8(picture: Any) -> Tensor:
+    """An image (H, W, C), or the frames of a video (F, H, W, C), as a pipeline returns them: of Pillow, or arrays in
+    [0, 1]."""
+    if isinstance(picture, list):
+        return torch.stack([as_uint8(frame) for frame in picture])
+    if isinstance(picture, Image.Image):
+        array = np.array(picture if picture.mode in ("L", "RGB") else picture.convert("RGB"))
+        return torch.from_numpy(array.reshape(*array.shape[:2], -1))
+    values = torch.as_tensor(picture).detach().float().cpu()
+    return (values * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def _mse(a: Tensor, b: Tensor, peak: float = 1.0) -> Tensor:
+    """(n,) mean squared difference of each sample, of values up to `peak`."""
+    return (a.float() - b.float()).div(peak).square().flatten(1).mean(1)
+
+
+def _for_features(images: Tensor) -> Tensor:
+    """(n, [F,] H, W, C) uint8 -> (n, [F,] C, H, W) in [0, 1]."""
+    return images.movedim(-1, -3).float() / 255
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
 
 
 def _name(source: str) -> str:

@@ -27,6 +27,7 @@ OBJECTIVES = ("terminal", "trajectory", "mixed", "paper")
 PERCEPTUAL = "perceptual"  # the objective on decoded images, see `perceptual`
 GROUPS = ("nodes", "coefficients", "times")
 DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
+FEWEST_IMAGES = 10  # of which half have four nearest neighbours each
 T = TypeVar("T")
 
 
@@ -69,6 +70,13 @@ class ModelConfig:
             _require(self, name, getattr(self, name) >= 1, "1 or more")
         if self.prompts_file is not None and self.prompts_dataset is not None:
             raise ValueError("prompts_file and prompts_dataset are both given; give one")
+
+    def changed(self) -> dict[str, Any]:
+        """The settings that are not their defaults, without the folder for the results."""
+        entries = [entry for entry in dataclasses.fields(self) if entry.name != "output_dir"]
+        defaults = {e.name: e.default_factory() if callable(e.default_factory) else e.default for e in entries}
+        values = {e.name: getattr(self, e.name) for e in entries}
+        return {name: value for name, value in values.items() if value != defaults[name]}
 
     @property
     def call_arguments(self) -> dict[str, Any]:
@@ -192,6 +200,11 @@ class CompareConfig(ModelConfig):
     num_samples: int = option("test samples, none of them seen by a search", default=64)
     reference_steps: int = option("steps of the converged reference", default=400)
     num_pictures: int = option("samples per cell of the picture", default=6)
+    feature_network: str | None = option(
+        "also compares images in its features: a vision model of transformers, Hub id or folder, or "
+        "package.module:factory",
+        default=None,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -216,6 +229,102 @@ class MergeConfig:
             raise ValueError(f"solver names {len(self.solver)}; give two or more")
 
 
+@dataclass(frozen=True)
+class PlotConfig:
+    """Settings of `plot`."""
+
+    solver: str = option("folder, Hub id or published name", default="")
+    comparison: str | None = option("folder that compare wrote, for error against NFE", default=None)
+    nfe: list[int] = option("step counts whose tables are drawn; none: all", default_factory=list)
+    output_dir: str = option("folder for the pictures; none: the solver's own", default="")
+
+    def __post_init__(self) -> None:
+        if not self.solver:
+            raise ValueError("solver is missing; give --solver")
+        if not self.output_dir and not Path(self.solver).is_dir():
+            raise ValueError(f"output_dir is missing, and solver {self.solver!r} is no folder; give --output_dir")
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Settings of `report`."""
+
+    solver: str = option("folder, Hub id or published name", default="")
+    comparison: str = option("folder that compare wrote", default="")
+    evaluation: str | None = option("folder that evaluate wrote", default=None)
+    nfe: list[int] = option("step counts whose tables are drawn; none: all", default_factory=list)
+    output_dir: str = option("folder for report.html", default="")
+
+    def __post_init__(self) -> None:
+        for name in ("solver", "comparison", "output_dir"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is missing; give --{name}")
+
+
+@dataclass(frozen=True)
+class PublishConfig:
+    """Settings of `publish`."""
+
+    solver: str = option("folder of the solver, as search or merge wrote it", default="")
+    repo_id: str = option("repository on the Hub, org/name; made if there is none", default="")
+    comparison: str | None = option("folder that compare wrote, for the card", default=None)
+    evaluation: str | None = option("folder that evaluate wrote, for the card", default=None)
+    private: bool = option("make a new repository private", default=False)
+    tag: str | None = option("name for this state of the repository, for revision=", default=None)
+    license: str = option("of the solver, unless its provenance names one", default="apache-2.0")
+    dry_run: bool = option("print what would be sent, and the card; send nothing", default=False)
+    force: bool = option("take the place of a solver that was not published from this folder", default=False)
+
+    def __post_init__(self) -> None:
+        for name in ("solver", "repo_id"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is missing; give --{name}")
+
+
+@dataclass(frozen=True)
+class CardsConfig:
+    """Settings of `cards`."""
+
+    folder: str = option("artefacts, one folder each, beside a README.md with their index", default="hub_cards")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(ModelConfig):
+    """Settings of `evaluate`."""
+
+    solver: list[str] = option("searched solvers: folders, Hub ids or published names", default_factory=list)
+    schedulers: list[str] = option("diffusers' own", default_factory=lambda: ["unipc", "dpmpp_2m"])
+    comparison: str | None = option(
+        "folder that compare wrote: each of these in its best spacing there; none: in its first", default=None
+    )
+    reference_steps: int = option("steps of a run that stands for the model itself; 0: none", default=0)
+    num_images: int = option("of every scheduler at every NFE", default=10_000)
+    reference: str = option(
+        "real images: folder, data set (Hub id or file, streamed), or their statistics (safetensors; clean-fid's npz)",
+        default="",
+    )
+    reference_column: str = option("its column, if a data set", default="image")
+    reference_split: str = option("its split, if a data set", default="train")
+    num_reference_images: int = option("so many of its first images", default=50_000)
+    extractor: str = option(
+        "network of the features: inception, clip:ID (Hub id or folder) or package.module:factory", default="inception"
+    )
+    clip: str | None = option("CLIP model for the CLIP score of prompts, Hub id or folder", default=None)
+    subsets: int = option("random halves of the images that intervals come from; 0: no intervals", default=50)
+    allow_few_images: bool = option("go on with fewer images than features, which biases the distance", default=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.reference:
+            raise ValueError("reference is missing; give --reference")
+        if not self.solver and not self.schedulers and not self.reference_steps:
+            raise ValueError("there is nothing to evaluate; give --solver, --schedulers or --reference_steps")
+        for name in ("num_images", "num_reference_images"):
+            _require(self, name, getattr(self, name) >= FEWEST_IMAGES, f"{FEWEST_IMAGES} or more")
+        _require(self, "reference_steps", 0 <= self.reference_steps <= MAX_NFE, f"from 0 to {MAX_NFE}")
+        _require(self, "subsets", self.subsets == 0 or self.subsets >= 2, "0, or 2 or more")
+
+
 def parse(cls: type[T], argv: Sequence[str], prog: str) -> T:
     """Settings from `--config recipe.toml` and `--key value` arguments, the latter winning.
 
@@ -229,9 +338,10 @@ def parse(cls: type[T], argv: Sequence[str], prog: str) -> T:
         default = entry.default if entry.default is not dataclasses.MISSING else "see recipe"
         if entry.default_factory is not dataclasses.MISSING:
             default = entry.default_factory()
-        many = typing.get_origin(hints[entry.name]) is list
+        many = {"nargs": "*"} if typing.get_origin(hints[entry.name]) is list else {}
+        flag = {"nargs": "?", "const": "true"} if hints[entry.name] is bool else {}
         text = f"{entry.metadata['help']} (default: {default!r})".replace("%", "%%")
-        parser.add_argument(f"--{entry.name}", nargs="*" if many else None, help=text, default=argparse.SUPPRESS)
+        parser.add_argument(f"--{entry.name}", help=text, default=argparse.SUPPRESS, **many, **flag)
     given = vars(parser.parse_args(list(argv)))
     recipe = _read_recipe(given.pop("config", None))
     values = {**recipe, **{k: _from_text(k, v, hints[k]) for k, v in given.items()}}
@@ -257,7 +367,7 @@ def _from_text(key: str, text: str | list[str], hint: Any) -> Any:
         return [_from_text(key, t, typing.get_args(hint)[0]) for t in text]
     kinds = _kinds(hint)
     try:
-        if dict in kinds:
+        if dict in kinds or bool in kinds:
             return json.loads(text)
         if text.lower() == "none" and type(None) in kinds:
             return None
@@ -274,7 +384,7 @@ def _checked(key: str, value: Any, hint: Any) -> Any:
     kinds = _kinds(hint)
     if float in kinds and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    if isinstance(value, bool) or not isinstance(value, kinds):
+    if (isinstance(value, bool) and bool not in kinds) or not isinstance(value, kinds):
         raise ValueError(f"{key} is {value!r}; it must be {' or '.join(k.__name__ for k in kinds)}")
     return value
 

@@ -13,7 +13,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,12 +23,13 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 CHECKSUM, RECORD = "sha256", "record"
 STALE_SECONDS = 3600  # a partial file this old belongs to no living writer
 T = TypeVar("T")
+Kept = tuple[dict[str, Tensor], dict[str, str]]  # of a file: tensors, facts
 
 
 class Damaged(ValueError):
@@ -124,6 +125,19 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
+def kept(file: Path, make: Callable[[], Kept]) -> Kept:
+    """What `write_tensors` wrote there; where there is nothing, or it is damaged, it is made first."""
+    try:
+        return read_tensors(file)
+    except Damaged as error:
+        if file.exists():
+            say(f"{file} is damaged and made anew: {error}")
+    made = make()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(file, *made)
+    return made
+
+
 def from_main(accelerator: Accelerator, value: T) -> T:
     """The main process's value in every process: plain data, sent as JSON."""
     if accelerator.num_processes == 1:
@@ -162,6 +176,15 @@ def _tensor_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def weights_digest(network: nn.Module) -> str:
+    """SHA-256 of a network's parameters and buffers."""
+    told = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        told.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        told.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return told.hexdigest()
 
 
 class Journal:

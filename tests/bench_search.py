@@ -108,7 +108,7 @@ class Test:
         self.comparison.single_call = stored["single_call"]
 
     def error(self, scheduler: Any, steps: int) -> float:
-        mse = (self.comparison.sample(scheduler, steps)[0] - self.wanted).square().mean().item()
+        mse = (self.comparison.sample(scheduler, steps).final - self.wanted).square().mean().item()
         return mse if math.isfinite(mse) else math.inf
 
     def of(self, spec: SolverSpec) -> float:
@@ -118,7 +118,8 @@ class Test:
 
     def stock(self, nfe: int) -> dict[str, Any]:
         """The best of diffusers' own, each in every spacing it offers."""
-        tried = [(self.error(s, steps), f"{n} ({k})") for n, k, s, steps, _ in self.comparison.candidates(nfe)]
+        runs = self.comparison.candidates(nfe)
+        tried = [(self.error(run.scheduler, run.steps), f"{run.name} ({run.spacing})") for run in runs]
         return dict(zip(("mse", "scheduler"), min(tried), strict=True))
 
 

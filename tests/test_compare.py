@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers import AysSchedules
 from PIL import Image
 from test_search import both, make_path, make_pipe, make_sampler, refused
 
 from diffusers_dssolver import DSSolverScheduler
 from diffusers_dssolver.derive import classical, uniform_nodes
+from dssolver_search.baselines import ALIGNED, FLOW, VP, aligned_times, runs
 from dssolver_search.cli import main
-from dssolver_search.compare import FLOW, VP, Comparison, Result, table
+from dssolver_search.compare import Comparison, Result, as_uint8, compare, details, interval, results_of_record, table
 from dssolver_search.config import CompareConfig
 from dssolver_search.sampling import load_pipeline
 
@@ -146,9 +149,9 @@ def test_mse_equals_one_worked_out_by_hand(family, folders):
     reference = comparison.reference()[0]
     torch.testing.assert_close(reference, wanted, rtol=1e-4, atol=1e-4)
     for scheduler in (ours, stock):
-        final, pictures, evaluations, _ = comparison.sample(scheduler, steps)
-        assert (final - reference).square().mean().item() == pytest.approx(expected, rel=1e-3)
-        assert evaluations == 2 * steps and len(pictures) == 2
+        made = comparison.sample(scheduler, steps)
+        assert (made.final - reference).square().mean().item() == pytest.approx(expected, rel=1e-3)
+        assert made.evaluations == 2 * steps and made.images.shape == (SAMPLES, 4, 4, 1)
 
 
 def test_reported_mse_of_euler_is_the_one_by_hand(folders, outputs):
@@ -165,9 +168,9 @@ def test_best_spacing_is_the_best_of_all(family, folders, outputs):
     comparison = Comparison(settings(folders, family))
     wanted = comparison.reference()[0]
     tried = {}
-    for name, spacing, scheduler, steps, _ in comparison.candidates(NFE):
-        mse = (comparison.sample(scheduler, steps)[0] - wanted).square().mean().item()
-        tried.setdefault(name, {})[spacing] = mse if math.isfinite(mse) else math.inf
+    for run in comparison.candidates(NFE):
+        mse = (comparison.sample(run.scheduler, run.steps).final - wanted).square().mean().item()
+        tried.setdefault(run.name, {})[run.spacing] = mse if math.isfinite(mse) else math.inf
     stock = FLOW if family == "flow" else VP
     for name, result in results_of(outputs[family]).items():
         if name in stock:
@@ -181,11 +184,10 @@ def test_best_spacing_is_the_best_of_all(family, folders, outputs):
 def test_final_state_is_recorded_and_the_scheduler_left_as_it_was(family, folders):
     comparison = Comparison(settings(folders, family))
     own = comparison.sampler.pipe.scheduler
-    for name, _, scheduler, steps, _ in comparison.candidates(NFE):
-        before = scheduler.step
-        final = comparison.sample(scheduler, steps)[0]
-        assert final.shape == (SAMPLES, 1, 4, 4), name
-        assert "step" not in vars(scheduler) and scheduler.step == before
+    for run in comparison.candidates(NFE):
+        before = run.scheduler.step
+        assert comparison.sample(run.scheduler, run.steps).final.shape == (SAMPLES, 1, 4, 4), run.name
+        assert "step" not in vars(run.scheduler) and run.scheduler.step == before
     assert comparison.sampler.pipe.scheduler is own
 
     def breaks(*args, **kwargs):
@@ -226,16 +228,20 @@ def test_step_count_without_a_table_is_called_derived(folders):
     ]
 
 
-def test_infinite_results_are_kept_as_such(folders):
-    comparison = Comparison(settings(folders, "flow", schedulers=["euler"]))
-    sample = comparison.sample
+def test_infinite_results_are_kept_as_such(folders, tmp_path, monkeypatch):
+    config = settings(folders, "flow", schedulers=["euler"], output_dir=str(tmp_path))
+    sample = Comparison.sample
 
-    def spoilt(scheduler, steps):
-        final, *rest = sample(scheduler, steps)
-        return (final * float("nan") if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) else final), *rest
+    def spoilt(self, scheduler, steps, *rest, **call):
+        made = sample(self, scheduler, steps, *rest, **call)
+        broken = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+        return replace(made, final=made.final * float("nan")) if broken else made
 
-    comparison.sample = spoilt
-    found = {r.scheduler: r for r in comparison.run()[0]}
+    monkeypatch.setattr(Comparison, "sample", spoilt)
+    compare(config)
+    record = json.loads((tmp_path / "comparison.json").read_text(), parse_constant=pytest.fail)  # no NaN, no Infinity
+    assert {r["scheduler"]: r["mse"] is None for r in record["results"]} == {"ours-flow": False, "euler": True}
+    found = {r.scheduler: r for r in results_of_record(record)}
     assert found["euler"].mse == math.inf and found["euler"].psnr == -math.inf
     assert math.isfinite(found["ours-flow"].mse)
 
@@ -259,7 +265,10 @@ def test_pictures_are_images(family, outputs):
         assert (pixels == 255).all(-1).mean() < 0.99  # something is drawn
         assert (pixels[:3] == 255).all()  # on white
     names = {p.name for p in outputs[family].iterdir()}
-    assert names == {"comparison.json", "comparison.png", "error.png"}
+    assert names == {"comparison.json", "comparison.png", "error.png", "pictures", "cache"}
+    for result in results_of(outputs[family]).values():
+        with Image.open(outputs[family] / result["picture"]) as image:
+            assert image.size == (2 * 4, 4)
 
 
 def test_table_names_spacing_calls_and_the_best(folders):
@@ -287,6 +296,158 @@ def test_command_prints_the_table(family, folders, tmp_path, capsys):
     for name, result in results_of(tmp_path / "out").items():
         [line] = [row for row in text.splitlines() if row.startswith(name + " ") and "/ best" not in row]
         assert f"({result['spacing']}" in line and f"{result['mse']:.3g}" in line
+
+
+# --- images, intervals, other schedulers ------------------------------------------------------------------------------
+
+
+@both
+def test_images_and_intervals_by_hand(family, folders, outputs):
+    """Of the 8-bit images that the plain pipeline returns, in [0, 1]; a mean of errors lies in its interval."""
+    pipe = load_pipeline(str(folders / family))
+    images = []
+    for solvers, steps in (("classical", STEPS), (str(folders / f"ours-{family}"), NFE)):
+        pipe.scheduler = DSSolverScheduler.from_config(pipe.scheduler.config, solvers=solvers)
+        made = make_sampler(pipe)(range(SAMPLES), "test", steps)[0]
+        images.append(np.stack([np.asarray(image, dtype=np.float64) / 255 for image in made]))
+    expected = ((images[0] - images[1]) ** 2).mean()
+    result = results_of(outputs[family])[f"ours-{family}"]
+    assert result["image_mse"] == pytest.approx(expected, rel=0.02)  # a rounding of an image may fall the other way
+    assert result["image_psnr"] == pytest.approx(-10 * math.log10(expected), abs=0.1)
+    low, high = result["mse_interval"]
+    assert low < result["mse"] < high
+
+
+def test_interval_is_that_of_a_mean():
+    errors = torch.randn(4000, generator=torch.Generator().manual_seed(0)).double() + 3
+    low, high = interval(errors)
+    assert (low + high) / 2 == pytest.approx(errors.mean().item(), abs=0.004)
+    assert high - low == pytest.approx(2 * 1.96 * errors.std().item() / math.sqrt(4000), rel=0.1)
+
+
+def test_as_uint8():
+    grey = Image.fromarray(np.array([[0, 128], [255, 7]], dtype=np.uint8))
+    assert as_uint8(grey).tolist() == [[[0], [128]], [[255], [7]]]
+    assert as_uint8(grey.convert("RGBA")).shape == (2, 2, 3)
+    assert as_uint8(np.array([[[0.0], [1.0]], [[0.5], [1.7]]])).flatten().tolist() == [0, 255, 128, 255]
+    assert as_uint8([grey, grey]).shape == (2, 2, 2, 1)  # frames
+
+
+def test_feature_distance(folders, tmp_path):
+    """In the images themselves scaled to unit length: 2 - 2 cosine of the two pictures."""
+    config = settings(folders, "flow", schedulers=[], output_dir=str(tmp_path), feature_network="torch.nn:Flatten")
+    comparison = Comparison(config)
+    results, _, _ = comparison.run()
+    pairs = comparison.sample(next(iter(comparison.ours.values())), NFE).images, comparison.reference()[1]
+    a, b = (images.double().flatten(1) for images in pairs)
+    expected = (2 - 2 * torch.cosine_similarity(a, b)).mean().item()
+    assert results[0].feature_distance == pytest.approx(expected, rel=1e-3)
+    assert "features" in details(results)
+
+
+def test_align_your_steps_where_diffusers_ships_it(folders):
+    config = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    large, small = type("StableDiffusionXLPipeline", (), {})(), type("StableDiffusionPipeline", (), {})()
+    assert aligned_times(large, config) == AysSchedules["StableDiffusionXLTimesteps"]
+    assert aligned_times(small, config) == AysSchedules["StableDiffusionTimesteps"]
+    assert not aligned_times(small, {**config, "beta_end": 0.02})
+    found = list(runs("dpmpp_2m", VP["dpmpp_2m"], 10, config, large, {"timesteps"}))
+    assert [r.spacing for r in found] == [*VP["dpmpp_2m"].spacings, ALIGNED]
+    found[-1].scheduler.set_timesteps(**found[-1].call)
+    assert found[-1].scheduler.timesteps.tolist() == AysSchedules["StableDiffusionXLTimesteps"]
+    for nfe, name, accepted in ((9, "dpmpp_2m", {"timesteps"}), (10, "dpmpp_2m", set()), (10, "unipc", {"timesteps"})):
+        assert ALIGNED not in [r.spacing for r in runs(name, VP[name], nfe, config, large, accepted)]
+
+
+def test_variants_of_unipc_are_what_they_are_called():
+    found = {r.spacing: r.scheduler.config for r in runs("unipc", VP["unipc"], 5, {}, None, ())}
+    assert found["karras, bh1"].solver_type == "bh1" and found["karras, bh1"].use_karras_sigmas
+    assert found["trailing, order 3"].solver_order == 3 and found["trailing"].solver_order == 2
+    assert len(found) == 12
+
+
+def test_a_scheduler_that_cannot_run_is_left_out_with_its_reason(folders, tmp_path, capsys, monkeypatch):
+    def refuse(self, *args, **kwargs):
+        raise ValueError("not in this pipeline")
+
+    monkeypatch.setattr(FlowMatchEulerDiscreteScheduler, "set_timesteps", refuse)
+    config = settings(folders, "flow", schedulers=["euler", "unipc"], output_dir=str(tmp_path))
+    compare(config)
+    assert list(results_of(tmp_path)) == ["ours-flow", "unipc"]
+    assert "euler (uniform) cannot run at 3 calls and is left out: not in this pipeline" in capsys.readouterr().err
+    begin = DSSolverScheduler.set_timesteps
+
+    def refuse_few(self, steps, *rest, **more):
+        return refuse(self) if steps == NFE else begin(self, steps, *rest, **more)
+
+    monkeypatch.setattr(DSSolverScheduler, "set_timesteps", refuse_few)  # ours must run
+    with pytest.raises(ValueError, match="not in this pipeline"):
+        Comparison(settings(folders, "flow", output_dir=str(tmp_path / "other"))).run()
+
+
+def test_the_solver_of_this_guidance_is_taken(folders, tmp_path, capsys):
+    path = make_path("flow")
+    low, high = ({str(NFE): classical(uniform_nodes(NFE, path), path, order).to_dict()} for order in (1, 2))
+    by_scale = {"1": low, "2": high}
+    DSSolverScheduler(prediction_type="flow_prediction", solvers=low, guidance_solvers=by_scale).save_pretrained(
+        tmp_path
+    )
+    for guidance, expected in ((2.0, high), (1.0, low)):
+        comparison = Comparison(settings(folders, "flow", guidance_scale=guidance, solver=[str(tmp_path)]))
+        assert comparison.ours[tmp_path.name]._solvers[NFE].to_dict() == expected[str(NFE)]
+    provenance = {"call": {"guidance_scale": 4.0}}
+    DSSolverScheduler(prediction_type="flow_prediction", solvers=low, provenance=provenance).save_pretrained(tmp_path)
+    Comparison(settings(folders, "flow", solver=[str(tmp_path)]))
+    assert "was searched at guidance scale 4.0, this run is at 1.5" in capsys.readouterr().err
+
+
+# --- never lost -------------------------------------------------------------------------------------------------------
+
+
+def test_a_killed_comparison_goes_on(folders, tmp_path, monkeypatch, capsys):
+    """Nothing that is on disk is run again; what is damaged there is."""
+    config = settings(folders, "flow", schedulers=["euler", "deis"], output_dir=str(tmp_path / "a"))
+    whole = settings(folders, "flow", schedulers=["euler", "deis"], output_dir=str(tmp_path / "b"))
+    sample, calls = Comparison.sample, []
+
+    def counted(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == killed_at:
+            raise KeyboardInterrupt
+        return sample(self, *args, **kwargs)
+
+    monkeypatch.setattr(Comparison, "sample", counted)
+    killed_at = 9
+    with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
+        compare(config)
+    killed_at, before = None, len(calls)
+    compare(config)
+    resumed = len(calls) - before
+    calls.clear()
+    compare(whole)
+    assert resumed == len(calls) - (before - 1)
+    measured = [results_of(tmp_path / name) for name in "ab"]
+    for name, result in measured[1].items():
+        assert {**measured[0][name], "seconds": 0} == {**result, "seconds": 0}
+    calls.clear()
+    damaged = sorted((tmp_path / "b" / "cache").iterdir())[3]
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    compare(whole)
+    assert len(calls) == 1 and "is damaged and made anew" in capsys.readouterr().err
+
+
+def test_other_settings_are_other_files(folders, tmp_path):
+    """A comparison in the same folder with other samples, guidance or reference takes nothing from the last one."""
+    first = settings(folders, "flow", schedulers=[], output_dir=str(tmp_path))
+    compare(first)
+    known = {file.name for file in (tmp_path / "cache").iterdir()}
+    expected = {"guidance_scale": 6, "seed": 6, "reference_steps": 6, "num_samples": 3, "num_pictures": 2}
+    changed = {"guidance_scale": 3.0, "seed": 1, "reference_steps": STEPS + 2, "num_samples": 2, "num_pictures": 1}
+    for name, count in expected.items():  # two references and a run of two batches, one of two samples
+        compare(replace(first, **{name: changed[name]}))
+        now = {file.name for file in (tmp_path / "cache").iterdir()}
+        assert len(now - known) == count, name
+        known = now
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

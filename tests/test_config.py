@@ -92,6 +92,12 @@ def test_guidance_joins_the_call():
     assert read("--call", '{"height": 8}').call_arguments == {"height": 8}
 
 
+def test_changed_settings():
+    config = SearchConfig(pretrained_model_name_or_path="a/model", output_dir="out", nfe=[5, 8], trials=7, fill_nfe=[])
+    assert config.changed() == {"pretrained_model_name_or_path": "a/model", "trials": 7, "fill_nfe": []}
+    assert config == SearchConfig(output_dir="out", **config.changed())
+
+
 def test_lists_of_text():
     config = read("--solver", "a", "b/c", "--schedulers", "euler", cls=CompareConfig)
     assert config.solver == ["a", "b/c"] and config.schedulers == ["euler"]

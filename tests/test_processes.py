@@ -174,3 +174,31 @@ def test_another_search_in_the_folder_is_refused_by_all(model, forks, runs):
     argv = search_arguments(model, runs / "closed_form-2", "closed_form", seed=7)
     codes, logs = run(forks, 2, argv)
     assert codes == [2, 2] and all("holds another search" in log for log in logs)
+
+
+@pytest.fixture(scope="module")
+def comparisons(model, runs, forks, tmp_path_factory):
+    """By number of processes, the folder of a comparison of what was searched."""
+    folder = tmp_path_factory.mktemp("comparisons")
+    settings = {
+        "pretrained_model_name_or_path": model, "guidance_scale": 1.5, "dtype": "float64", "nfe": [3, 4],
+        "solver": [runs / "closed_form-1"], "schedulers": ["unipc", "euler"], "num_samples": 7, "reference_steps": 20,
+    }  # fmt: skip
+    for processes in (1, 2, 4):
+        argv = ["compare", *arguments({**settings, "output_dir": folder / str(processes)})]
+        codes, logs = run(forks, processes, argv)
+        assert codes == [0] * processes, logs
+        assert forks.counts()["after rename"] in (22, 23)  # 22 runs of its batch; and the JSON
+    return {n: json.loads((folder / str(n) / "comparison.json").read_text()) for n in (1, 2, 4)}
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_every_number_of_processes_measures_the_same(processes, comparisons):
+    one, several = comparisons[1]["results"], comparisons[processes]["results"]
+    assert len(one) == len(several) == 2 * 3
+    for wanted, found in zip(one, several, strict=True):
+        assert found["mse"] == pytest.approx(wanted["mse"], rel=1e-4)  # states are kept in float32
+        changed = {"seconds", "mse", "psnr", "mse_interval", "image_mse", "image_psnr"}
+        assert {k: v for k, v in found.items() if k not in changed} == {
+            k: v for k, v in wanted.items() if k not in changed
+        }

@@ -7,11 +7,12 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import bench_guidance
 import bench_search
 import pytest
 from test_search import make_pipe
 
-from dssolver_search.compare import Result, table
+from dssolver_search.compare import results_of_record, table
 
 SEARCH = Path(__file__).resolve().parent.parent / "search"
 
@@ -23,7 +24,7 @@ def measured(family):
 @pytest.mark.parametrize("family", ["flow", "vp"])
 def test_the_tables_are_the_measured_ones(family):
     record = measured(family)
-    results = [Result(**r) for r in record["results"]]
+    results = results_of_record(record)
     text = table(results, SimpleNamespace(**record["settings"]), record["reference"]["mse_against_half_the_steps"])
     block = "\n".join(("    " + line).rstrip() for line in text.strip().splitlines())
     readme = (SEARCH / "README.md").read_text(encoding="utf-8")
@@ -56,6 +57,11 @@ def test_the_ablation_is_the_measured_one():
     record = json.loads((SEARCH / "demo" / "ablation.json").read_text(encoding="utf-8"))
     assert block("ablation") == bench_search.ablation_table(record)
     assert set(record) <= set(bench_search.SETTINGS)
+
+
+def test_guidance_is_the_measured_one():
+    record = json.loads((SEARCH / "demo" / "guidance.json").read_text(encoding="utf-8"))
+    assert block("guidance") == bench_guidance.table(record) and set(record) == set(bench_search.FAMILIES)
 
 
 def test_summary_and_table_by_hand():
