@@ -9,7 +9,7 @@ from typing import Any
 CONFIG_NAME = "scheduler_config.json"
 
 
-def _folder() -> Path:
+def cards_folder() -> Path:
     """`hub_cards/` inside the installed package, or beside the package in a checkout."""
     installed = Path(__file__).parent / "hub_cards"
     return installed if installed.is_dir() else Path(__file__).parent.parent / "hub_cards"
@@ -17,7 +17,7 @@ def _folder() -> Path:
 
 def published_solvers() -> tuple[str, ...]:
     """Names that `DSSolverScheduler.from_published` takes, in the order in which `from_config` tries them."""
-    return tuple(sorted(path.parent.name for path in _folder().glob(f"*/{CONFIG_NAME}")))
+    return tuple(sorted(path.parent.name for path in cards_folder().glob(f"*/{CONFIG_NAME}")))
 
 
 def published_config(name: str) -> dict[str, Any]:
@@ -28,4 +28,4 @@ def published_config(name: str) -> dict[str, Any]:
     """
     if name not in published_solvers():
         raise ValueError(f"no published solver is named {name!r}; there are: {', '.join(published_solvers())}")
-    return json.loads((_folder() / name / CONFIG_NAME).read_text(encoding="utf-8"))
+    return json.loads((cards_folder() / name / CONFIG_NAME).read_text(encoding="utf-8"))

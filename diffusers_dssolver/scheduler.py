@@ -249,6 +249,25 @@ class DSSolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
             raise ValueError(f"{source!r} has no tables; pass solvers={CLASSICAL!r} for classical rows")
         return dict(DSSolverScheduler.from_config(config).config)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        subfolder: str | None = None,
+    ) -> str:
+        """As in diffusers, with the solver's own card in place of an empty one; a card that is there is replaced."""
+        from .card import push  # the Hub's client and the pipelines: slow to import
+
+        message = commit_message or "Upload scheduler"
+        return push(
+            self, repo_id, private, token, commit_message=message, create_pr=create_pr, path_in_repo=subfolder
+        )  # fmt: skip
+
     # --- the run ---------------------------------------------------------------------------------------------------
 
     def set_timesteps(

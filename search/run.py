@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from diffusers_dssolver import DSSolverScheduler
+from diffusers_dssolver.card import without_paths
 from diffusers_dssolver.solver import SolverSpec
 
 from .closed_form import FINAL_FITS, IDENTITY, Candidate, ClosedForm, Samples, comparable, warped_nodes
@@ -488,6 +489,7 @@ class Search:
                 "validation": config.num_validation_samples,
             },
             "seed": config.seed,
+            "settings": without_paths(config.changed()),
             "processes": self.accelerator.num_processes,
             "network_evaluations": self.state["network_evaluations"],
             "results": {n: {k: e[k] for k in RECORDED if k in e} for n, e in self.state["solvers"].items()},

@@ -3,7 +3,9 @@
 Standard library (plus PyYAML for card validation).  `with LocalHub() as hub:` starts it on a free loopback port;
 `hub.env(tmp)` gives the environment of a child process; `python local_hub.py --port 8000` runs it in the foreground.
 Text is committed inline ("regular"); files that look binary go through the LFS batch API ("lfs"), which needs
-HF_HUB_DISABLE_XET=1 in the client (hub.env sets it).  `LocalHub(lfs=False)` commits everything inline.
+HF_HUB_DISABLE_XET=1 in the client (hub.env sets it).  `LocalHub(lfs=False)` commits everything inline.  A test may put
+a function at `hub.fault`: it is told of every request, "before" it is served and "after", when the answer is not yet
+sent, and raises HubError to answer otherwise or Dropped to break the connection.
 """
 
 import argparse
@@ -11,6 +13,7 @@ import base64
 import hashlib
 import json
 import re
+import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -26,6 +29,10 @@ class HubError(Exception):
         self.headers["X-Error-Message"] = message
         if code:
             self.headers["X-Error-Code"] = code
+
+
+class Dropped(Exception):
+    """The connection breaks."""
 
 
 class Repo:
@@ -116,11 +123,16 @@ def lfs_of(f):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # head and body are written apart: the second would wait for an acknowledgement
 
     def log_message(self, *a):
         pass
 
     def reply(self, status=200, body=None, headers=None, raw=None):
+        self.server.hub.fault("after", self.command, self.path)
+        self.send(status, body, headers, raw)
+
+    def send(self, status, body=None, headers=None, raw=None):
         raw = (b"" if body is None else json.dumps(body).encode()) if raw is None else raw
         self.send_response(status)
         for k, v in {"Content-Type": "application/json", "Content-Length": str(len(raw)), **(headers or {})}.items():
@@ -135,6 +147,7 @@ class Handler(BaseHTTPRequestHandler):
         self.data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         hub.log.append((self.command, self.path))
         try:
+            hub.fault("before", self.command, self.path)
             with hub.lock:
                 for method, pattern, name in ROUTES:
                     m = re.fullmatch(pattern, url.path)
@@ -145,7 +158,10 @@ class Handler(BaseHTTPRequestHandler):
                         return getattr(self, name)(hub, **groups)
             raise HubError(404, f"no such route: {self.command} {url.path}")
         except HubError as e:
-            self.reply(e.status, e.body, e.headers)
+            self.send(e.status, e.body, e.headers)
+        except Dropped:
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
 
     do_GET = do_POST = do_PUT = do_DELETE = do_HEAD = handle_any
 
@@ -428,6 +444,7 @@ class LocalHub:
     def __init__(self, port=0, user="user", token="hf_local", lfs=True):
         self.user, self.token, self.lfs = user, token, lfs
         self.repos, self.objects, self.log, self.lock = {}, {}, [], threading.RLock()
+        self.fault = lambda when, command, path: None
         self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self.server.hub, self.server.daemon_threads = self, True
         self.endpoint = f"http://127.0.0.1:{self.server.server_port}"

@@ -915,6 +915,9 @@ def test_paper_search_writes_a_solver_that_loads(family, models, tmp_path):
     search(models[family], tmp_path, PAPER)
     scheduler = DSSolverScheduler.from_pretrained(tmp_path)
     assert scheduler.tables == (3,)
+    settings = scheduler.config.provenance["settings"]  # for the same command, without a path of this machine
+    assert settings["method"] == "paper" and settings["pretrained_model_name_or_path"] == family
+    assert "output_dir" not in settings and str(tmp_path) not in str(settings)
     facts = scheduler.config.provenance["results"]["3"]
     # c of the last two rows: one each; two Lion steps of 0.01 leave each parameter within 0.02 of its start
     assert facts["parameters"] == 3 + 2
