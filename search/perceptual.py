@@ -36,6 +36,7 @@ from .preflight import REPEATED, SPLIT
 from .probe import ProbeScheduler, run
 from .replay import uncounted
 from .sampling import Sampler, one_line
+from .state import weights_digest
 from .teacher import Reference
 
 MOST_CALLS = 6  # with more, the pictures are next to the teacher's
@@ -129,10 +130,7 @@ class FeatureNetwork(nn.Module):
         self.network, self.name = network.float(), name
         self.eval().requires_grad_(False)
         told = hashlib.sha256(repr(getattr(network, "preparation", None)).encode())
-        for key, value in sorted(network.state_dict().items()):
-            if isinstance(value, Tensor):
-                told.update(f"{key} {tuple(value.shape)}".encode())
-                told.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        told.update(weights_digest(network).encode())
         self.digest = told.hexdigest()
 
     def forward(self, images: Tensor) -> list[Tensor]:

@@ -1,0 +1,138 @@
+"""The small classifier that the images of the embedded models are scored with, and its training.
+
+    python -m dssolver_search.demo.classifier --dataset_name zalando-datasets/fashion_mnist --output_dir OUT
+
+writes the three files of `classifier/`: weights, what was measured, and the statistics of the test images' features,
+which are a reference for `evaluate --extractor dssolver_search.demo.classifier:load`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from ..extractors import of_network
+from ..references import Statistics
+from ..state import read_tensors, write_tensors, write_text
+from .train import load_images
+
+NAME = "fashion-classifier"
+FOLDER = Path(__file__).parent / "classifier"
+WEIGHTS = "model.safetensors"
+SIZE = 28
+
+
+class Classifier(nn.Module):
+    """Images (B, 3, H, W) in [0, 1] -> features (B, 64) and logits (B, 10), of their grey values at 28 x 28 pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.name = NAME
+        layers: list[nn.Module] = []
+        for channels_in, channels, stride in ((1, 32, 1), (32, 64, 2), (64, 64, 1), (64, 64, 2)):
+            layers += [nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()]
+        self.layers = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.output = nn.Linear(64, 10)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        grey = images.mean(1, keepdim=True)
+        if grey.shape[-2:] != (SIZE, SIZE):
+            grey = F.interpolate(grey, (SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False)
+        features = self.layers(grey)
+        return features, self.output(features)
+
+
+def load(folder: Path = FOLDER) -> Classifier:
+    """The shipped one, in evaluation mode.
+
+    Raises:
+        ValueError: its weights are not there (they are part of a checkout, not of an installed package) or damaged.
+    """
+    tensors, _ = read_tensors(folder / WEIGHTS)
+    model = Classifier()
+    model.load_state_dict(tensors)
+    return model.eval().requires_grad_(False)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset_name", required=True, help="Hub id or folder, with the splits `train` and `test`")
+    parser.add_argument("--image_column", default="image")
+    parser.add_argument("--label_column", default="label")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--train_batch_size", type=int, default=128)
+    parser.add_argument("--learning_rate", type=float, default=3e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+def split_of(args: argparse.Namespace, split: str) -> tuple[Tensor, Tensor]:
+    """Images (n, 1, 28, 28) uint8 and labels (n,)."""
+    settings = {**vars(args), "data_files": None, "split": split, "num_channels": 1, "resolution": SIZE}
+    images, labels, _ = load_images(argparse.Namespace(**settings))
+    return images, labels
+
+
+def train(args: argparse.Namespace, images: Tensor, labels: Tensor) -> Classifier:
+    """On images mirrored at random, the learning rate rising and falling once."""
+    torch.manual_seed(args.seed)
+    model = Classifier()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.05)
+    steps = args.epochs * (len(images) // args.train_batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, steps)
+    with tqdm(total=steps, desc=NAME, mininterval=10) as bar:
+        for _ in range(args.epochs):
+            for batch in torch.randperm(len(images)).split(args.train_batch_size)[: steps // args.epochs]:
+                x = images[batch].float() / 255
+                mirrored = torch.rand(len(x), 1, 1, 1) < 0.5
+                logits = model(torch.where(mirrored, x.flip(-1), x))[1]
+                loss = F.cross_entropy(logits, labels[batch])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+                bar.update()
+    return model.eval().requires_grad_(False)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    images, labels = split_of(args, "train")
+    began = time.time()
+    model = train(args, images, labels)
+    minutes = (time.time() - began) / 60
+    write_tensors(args.output_dir / WEIGHTS, model.state_dict(), {})
+
+    images, labels = split_of(args, "test")
+    extractor = of_network(model, NAME)
+    found = [extractor(batch.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()) for batch in images.split(500)]
+    features, logits = (torch.cat([part[name] for part in found]) for name in ("features", "logits"))
+    reference = Statistics.of(features, f"{args.dataset_name} (test)")
+    reference.write(args.output_dir / "reference.safetensors", extractor, torch.float16)
+    facts = {
+        "name": NAME,
+        "dataset": args.dataset_name,
+        "epochs": args.epochs,
+        "train_batch_size": args.train_batch_size,
+        "minutes": round(minutes, 1),
+        "device": "cpu",
+        "test_images": len(images),
+        "test_accuracy": round((logits.argmax(1) == labels).float().mean().item(), 4),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+    write_text(args.output_dir / "training.json", json.dumps(facts, indent=2) + "\n")
+    print(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main()
