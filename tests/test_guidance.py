@@ -222,12 +222,14 @@ def artefact(folder, scale, solvers, **changes):
 
 def test_merge(tmp_path, capsys):
     three = {"3": SolverSpec.euler([1.0, 0.6, 0.2, 0.0]).to_dict()}
-    sources = [artefact(tmp_path / "4", 4.0, HIGH | three), artefact(tmp_path / "2", 2, LOW)]
+    blends = {"interpolate_corrections": True}  # measured to help for one only
+    sources = [artefact(tmp_path / "4", 4.0, HIGH | three, **blends), artefact(tmp_path / "2", 2, LOW)]
     main(["merge", "--solver", *sources, "--output_dir", str(tmp_path / "all")])
     said = capsys.readouterr()
     assert "guidance scales 2.0, 4.0 (4.0 by default), 1 step counts" in said.out and "left out" in said.err
     merged = DSSolverScheduler.from_pretrained(tmp_path / "all")
-    assert table(merged) == HIGH and merged.config.provenance["call"] == {"guidance_scale": [2.0, 4.0], "height": 8}
+    assert table(merged) == HIGH and not merged.config.interpolate_corrections
+    assert merged.config.provenance["call"] == {"guidance_scale": [2.0, 4.0], "height": 8}
     assert merged.config.provenance["by_guidance_scale"]["2.0"]["seed"] == 3
     chosen = DSSolverScheduler.from_pretrained(tmp_path / "all", guidance_scale=2.0)
     assert table(chosen) == LOW

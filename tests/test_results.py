@@ -12,7 +12,9 @@ import bench_search
 import pytest
 from test_search import make_pipe
 
+from dssolver_search import evaluate
 from dssolver_search.compare import results_of_record, table
+from dssolver_search.extractors import load_extractor
 
 SEARCH = Path(__file__).resolve().parent.parent / "search"
 
@@ -26,9 +28,20 @@ def test_the_tables_are_the_measured_ones(family):
     record = measured(family)
     results = results_of_record(record)
     text = table(results, SimpleNamespace(**record["settings"]), record["reference"]["mse_against_half_the_steps"])
-    block = "\n".join(("    " + line).rstrip() for line in text.strip().splitlines())
-    readme = (SEARCH / "README.md").read_text(encoding="utf-8")
-    assert block in readme, f"put this into search/README.md:\n{block}"
+    assert block(family) == indented(text)
+
+
+@pytest.mark.parametrize("family", ["flow", "vp"])
+def test_the_distances_are_the_measured_ones(family):
+    record = json.loads((SEARCH / "demo" / f"evaluation-{family}.json").read_text(encoding="utf-8"))
+    assert block(f"evaluation-{family}") == indented(evaluate.table(record))
+    classifier = load_extractor("dssolver_search.demo.classifier:load")
+    assert (record["extractor"], record["extractor_sha256"]) == (classifier.name, classifier.sha256)
+    assert {r["n"] for r in record["results"]} == {record["settings"]["num_images"]}
+
+
+def indented(text):
+    return "\n".join(("    " + line).rstrip() for line in text.strip().splitlines())
 
 
 @pytest.mark.parametrize("family", ["flow", "vp"])
