@@ -103,6 +103,7 @@ def child(job):
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ.update(job["environment"])
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without it
     counts, status = {}, 0
     Path(job["log"]).with_suffix(".pid").write_text(str(os.getpid()))
     arm(*job["end"], counts)
