@@ -314,12 +314,16 @@ class Search:
 
     def _filled(self, form: ClosedForm, nfe: int) -> dict[str, Any]:
         """The best on held-out samples of closed-form rows on a warp interpolated between the searched ones, polished
-        if few calls make that cheap, the derived solvers, and the classical ones."""
+        if few calls make that cheap, the derived solvers, and the classical ones. Below the fewest calls searched the
+        warp is searched: fits are cheap there and warps differ most."""
         known = {int(n): e for n, e in self.state["solvers"].items() if e["kind"] == "searched"}
         counts = sorted(known)
-        warp = [float(np.interp(nfe, counts, [known[n]["warp"][k] for n in counts])) for k in range(3)]
-        ridge = known[min(counts, key=lambda n: abs(n - nfe))]["ridge"]
-        found = form.validated(form.fit(nfe, warp, ridge))
+        if nfe < counts[0]:
+            found = form.search(nfe, self.config.trials, self.config.ridge)
+        else:
+            warp = [float(np.interp(nfe, counts, [known[n]["warp"][k] for n in counts])) for k in range(3)]
+            ridge = known[min(counts, key=lambda n: abs(n - nfe))]["ridge"]
+            found = form.validated(form.fit(nfe, warp, ridge))
         if nfe <= self.config.fill_polish_nfe:
             found = polish(form, found, self.config.polish, free=self.config.search_over)
         searched = {n: SolverSpec.from_dict(_table(e)) for n, e in known.items()}

@@ -829,6 +829,19 @@ def test_a_fill_takes_whatever_is_best_on_held_out_samples(best, models, tmp_pat
     assert f"filled, {best}" in capsys.readouterr().out
 
 
+def test_fewer_calls_than_any_searched_are_searched(models, tmp_path):
+    """Not fitted on the warp of more calls: the solver is that of a search which asks for them, before any polish."""
+    settings = {"trials": 6, "polish": 0, "num_train_samples": 8}
+    search(models["flow"], tmp_path / "asked", nfe=[3], fill_nfe=[], **settings)
+    search(models["flow"], tmp_path / "filled", nfe=[4], fill_nfe=[3, 5], **settings)
+    asked, filled = (DSSolverScheduler.from_pretrained(tmp_path / name).config for name in ("asked", "filled"))
+    told = filled["provenance"]["results"]
+    wanted = asked["provenance"]["results"]["3"]["validation_mse"]
+    assert told["3"]["kind"] == "filled"
+    assert (told["3"]["rejected"] | {told["3"]["source"]: told["3"]["validation_mse"]})["closed_form"] == wanted
+    assert told["5"]["kind"] == "filled"
+
+
 def test_few_calls_are_polished_when_they_are_filled(models, tmp_path):
     def filled(folder, **settings):
         search(models["flow"], tmp_path / folder, nfe=[4], fill_nfe=[3, 3], trials=2, num_train_samples=8, **settings)
