@@ -1,4 +1,4 @@
-"""The commands: `python -m dssolver_search {search,compare}`."""
+"""The commands: `python -m dssolver_search COMMAND`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from .config import (
     CardsConfig,
     CompareConfig,
     EvaluateConfig,
+    ExportConfig,
     MergeConfig,
     PlotConfig,
     PublishConfig,
@@ -26,6 +27,7 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
     "search": (SearchConfig, "run", "search"),
     "compare": (CompareConfig, "compare", "compare"),
     "merge": (MergeConfig, "merge", "merge"),
+    "export": (ExportConfig, "export", "export"),
     "evaluate": (EvaluateConfig, "evaluate", "evaluate"),
     "plot": (PlotConfig, "plots", "plot"),
     "report": (ReportConfig, "report", "report"),

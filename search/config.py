@@ -230,6 +230,23 @@ class MergeConfig:
 
 
 @dataclass(frozen=True)
+class ExportConfig:
+    """Settings of `export`."""
+
+    solver: str = option("folder, Hub id or published name", default="")
+    format: str = option("sigmas (of one step count, printed) or kdiffusion (a Python file)", default="kdiffusion")
+    nfe: list[int] = option("step counts; kdiffusion, none: all that have a table", default_factory=list)
+    guidance_scale: float | None = option("of an artefact with a solver for each guidance", default=None)
+    output_file: str = option("kdiffusion: the file", default="sample_dssolver.py")
+
+    def __post_init__(self) -> None:
+        if not self.solver:
+            raise ValueError("solver is missing; give --solver")
+        if self.format not in ("sigmas", "kdiffusion"):
+            raise ValueError(f"format is {self.format!r}; it must be sigmas or kdiffusion")
+
+
+@dataclass(frozen=True)
 class PlotConfig:
     """Settings of `plot`."""
 

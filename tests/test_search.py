@@ -829,11 +829,14 @@ def test_a_fill_takes_whatever_is_best_on_held_out_samples(best, models, tmp_pat
     assert f"filled, {best}" in capsys.readouterr().out
 
 
-def test_fewer_calls_than_any_searched_are_searched(models, tmp_path):
+def test_fewer_calls_than_any_searched_are_searched(models, tmp_path, monkeypatch):
     """Not fitted on the warp of more calls: the solver is that of a search which asks for them, before any polish."""
     settings = {"trials": 6, "polish": 0, "num_train_samples": 8}
     search(models["flow"], tmp_path / "asked", nfe=[3], fill_nfe=[], **settings)
+    searched, find = [], ClosedForm.search
+    monkeypatch.setattr(ClosedForm, "search", lambda form, nfe, *rest: searched.append(nfe) or find(form, nfe, *rest))
     search(models["flow"], tmp_path / "filled", nfe=[4], fill_nfe=[3, 5], **settings)
+    assert searched == [4, 3]
     asked, filled = (DSSolverScheduler.from_pretrained(tmp_path / name).config for name in ("asked", "filled"))
     told = filled["provenance"]["results"]
     wanted = asked["provenance"]["results"]["3"]["validation_mse"]

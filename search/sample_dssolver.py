@@ -1,0 +1,90 @@
+"""Searched solvers as a sampler in the manner of k-diffusion: one file that needs torch and nothing else.
+
+    x = torch.randn(shape) * sigmas_for(8)[0]
+    x = sample_dssolver(model, x, sigmas_for(8), extra_args=...)
+
+`model(x, sigma, **extra_args)` gives the denoised data, as k-diffusion's and ComfyUI's wrappers do. Of flow models x is
+(1 - sigma) data + sigma noise; of all others data + sigma noise. A step is
+
+    flow    x' = x + (sigma' - sigma) sum_j c_ij (x_j - denoised_j) / sigma_j
+    others  x' = sigma'/sigma x + (1 - sigma'/sigma) sum_j c_ij denoised_j
+
+Where a table feeds the network another time than its noise level's, the model is asked there, and what the network
+said is taken out of its answer again. Paper: Eq. (16), (19), arXiv 2505.21114.
+"""
+
+import torch
+
+# by step count: N+1 sigmas, N sigmas that the network is fed, N rows of weights c_ij, oldest first; see FILLED
+SOLVER = {"prediction": "flow", "tables": {}}  # FILLED by `python -m dssolver_search export`
+TOLERANCE = 1e-3  # of sigmas given and a table's own, relative
+
+
+def sigmas_for(steps, device=None):
+    """The noise levels of a run with so many network calls, (steps + 1,) float32."""
+    if steps not in SOLVER["tables"]:
+        raise ValueError(f"no table for {steps} steps; there are tables for {', '.join(map(str, SOLVER['tables']))}")
+    return torch.tensor(SOLVER["tables"][steps]["sigmas"], dtype=torch.float32, device=device)
+
+
+@torch.no_grad()
+def sample_dssolver(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    """Deterministic, one call of the model a step.
+
+    Args:
+        model: (x, sigma (B,), **extra_args) -> denoised, shape of x.
+        x: the noisy start (B, ...), of noise level sigmas[0].
+        sigmas: `sigmas_for(steps)`, or the end of it (image-to-image).
+        callback: told {"x", "i", "sigma", "sigma_hat", "denoised"} at every step.
+        disable: accepted; there is no progress bar.
+
+    Raises:
+        ValueError: these sigmas are no table's.
+    """
+    levels = [float(s) for s in sigmas]
+    table, first = _table(levels)
+    history = []
+    for i, (sigma, end) in enumerate(zip(levels[:-1], levels[1:])):  # noqa: B905 (Python 3.9)
+        denoised = _denoised(model, x, sigma, table["fed"][first + i], extra_args or {})
+        if callback is not None:
+            callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
+        flow = SOLVER["prediction"] == "flow"
+        history.append((x - denoised) / sigma if flow else denoised)
+        row = table["coefficients"][first + i]
+        missing = len(row) - len(history)  # of a late start: their weights fall to the oldest that is there
+        row = [sum(row[: missing + 1]), *row[missing + 1 :]]
+        mix = sum(weight * quantity for weight, quantity in zip(row, history))  # noqa: B905
+        x = x + (end - sigma) * mix if flow else end / sigma * x + (1 - end / sigma) * mix
+    return x
+
+
+def _table(levels):
+    """The table whose sigmas these are the end of, and how many of them are left out."""
+    for table in SOLVER["tables"].values():
+        first = len(table["sigmas"]) - len(levels)
+        if len(levels) > 1 and first >= 0:
+            own = table["sigmas"][first:]
+            if all(abs(a - b) <= TOLERANCE * abs(b) + 1e-6 for a, b in zip(levels, own)):  # noqa: B905
+                return table, first
+    raise ValueError(
+        f"these {len(levels)} sigmas are no table's; use sigmas_for({' or '.join(map(str, SOLVER['tables']))})"
+    )
+
+
+def _denoised(model, x, sigma, fed, extra_args):
+    """The data that the network's output predicts at x, when it is told the noise level `fed`."""
+    ones = x.new_ones([x.shape[0]])
+    if fed == sigma:
+        return model(x, sigma * ones, **extra_args)
+    if SOLVER["prediction"] == "flow":
+        velocity = (x - model(x, fed * ones, **extra_args)) / fed
+        return x - sigma * velocity
+    # wrappers scale the input by alpha(sigma): scaled beforehand, the network sees the very state
+    alpha, alpha_fed = (1 + sigma**2) ** -0.5, (1 + fed**2) ** -0.5
+    state = x * alpha
+    answer = model(state / alpha_fed, fed * ones, **extra_args)
+    if SOLVER["prediction"] == "epsilon":
+        return (state - sigma * alpha * ((state - alpha_fed * answer) / (fed * alpha_fed))) / alpha
+    if SOLVER["prediction"] == "v_prediction":
+        return alpha * state - sigma * alpha * ((alpha_fed * state - answer) / (fed * alpha_fed))
+    return answer
