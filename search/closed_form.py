@@ -229,9 +229,9 @@ class ClosedForm:
         """The candidate with its validation error measured."""
         return replace(candidate, validation_mse=self.score(candidate.raw, candidate.spec.coefficients))
 
-    def search(self, nfe: int, trials: int, ridge: float) -> Candidate:
-        """Warps are compared on the trial samples; the `KEEP` best are fitted again to all of them, the best of these
-        also with larger ridges, and the best on validation samples is returned."""
+    def search(self, nfe: int, trials: int, ridge: float, start: Sequence[float] = IDENTITY) -> Candidate:
+        """Warps, from `start` on, are compared on the trial samples; the `KEEP` best are fitted again to all of them,
+        the best of these also with larger ridges, and the best on validation samples is returned."""
         seen: list[Candidate] = []
         indices, reference = self.train
         few = self.num_trial_samples
@@ -243,9 +243,9 @@ class ClosedForm:
             seen.append(self.fit(nfe, warp.tolist(), ridge, trial))
             return comparable(np.log(seen[-1].train_mse + 1e-30))
 
-        simplex = np.array([IDENTITY, *(0.8 * np.eye(3))])
+        simplex = np.array(start) + np.array([IDENTITY, *(0.8 * np.eye(3))])
         options = {"maxfev": trials, "initial_simplex": simplex, "xatol": 1e-2, "fatol": 1e-3}
-        minimize(objective, np.array(IDENTITY), method="Nelder-Mead", options=options)
+        minimize(objective, np.array(start), method="Nelder-Mead", options=options)
         finalists = [self.fit(nfe, c.warp, ridge) for c in sorted(seen, key=lambda c: comparable(c.train_mse))[:KEEP]]
         best = min(finalists, key=lambda c: comparable(c.train_mse))
         finalists += [self.fit(nfe, best.warp, ridge * factor) for factor in RIDGE_FACTORS]

@@ -25,6 +25,7 @@ METHODS = ("closed_form", "gradient", "paper")
 OPTIMIZERS = ("lbfgs", "adam", "lion")
 OBJECTIVES = ("terminal", "trajectory", "mixed", "paper")
 PERCEPTUAL = "perceptual"  # the objective on decoded images, see `perceptual`
+STARTS = ((0.0, 0.0, 0.0), (1.5, 0.0, -0.7), (0.75, -1.0, 0.0), (1.5, -1.0, -0.7))  # of the search of a warp
 GROUPS = ("nodes", "coefficients", "times")
 DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
 FEWEST_IMAGES = 10  # of which half have four nearest neighbours each
@@ -111,7 +112,10 @@ class SearchConfig(ModelConfig):
     teacher_tolerance: float = option(
         "teacher_steps 0: mse of final states against twice the steps, over their variance", default=1e-5
     )
-    trials: int = option("closed_form: warps tried per NFE", default=40)
+    trials: int = option("closed_form: warps tried per NFE and start", default=40)
+    starts: int = option(
+        f"closed_form: places from which warps are searched, each one's best polished, 1 to {len(STARTS)}", default=1
+    )
     polish: int = option("closed_form: Gauss-Newton iterations after it, forward evaluations too", default=2)
     polish_nfe: int = option("largest NFE that is polished; the cost grows with the cube of it", default=20)
     search_over: list[str] = option(
@@ -164,6 +168,7 @@ class SearchConfig(ModelConfig):
         _require(self, "search_over", groups, f"some of {', '.join(GROUPS)}")
         for name in ("polish", "polish_nfe", "fill_polish_nfe"):
             _require(self, name, getattr(self, name) >= 0, "0 or more")
+        _require(self, "starts", 1 <= self.starts <= len(STARTS), f"from 1 to {len(STARTS)}")
         _require(self, "ridge", self.ridge > 0, "above 0")
         _require(self, "learning_rate", self.learning_rate > 0, "above 0")
         _require(

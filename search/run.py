@@ -27,7 +27,7 @@ from diffusers_dssolver.card import without_paths
 from diffusers_dssolver.solver import SolverSpec
 
 from .closed_form import FINAL_FITS, IDENTITY, Candidate, ClosedForm, Samples, comparable, warped_nodes
-from .config import PERCEPTUAL, SearchConfig
+from .config import PERCEPTUAL, STARTS, SearchConfig
 from .fit import fit
 from .gradient import Descent
 from .objective import OBJECTIVES, paper_loss
@@ -241,7 +241,7 @@ class Search:
         config, quiet = self.config, not self.accelerator.is_main_process
         stages: list[dict[str, Any]] = []
         began = self._evaluations()
-        fits = self.config.trials + FINAL_FITS
+        fits = config.starts * (config.trials + FINAL_FITS)
         with tqdm(desc=f"closed form, {nfe} calls", unit="fit", total=fits, disable=quiet) as bar:
 
             def on_trial(candidate: Candidate) -> None:
@@ -254,16 +254,18 @@ class Search:
                 self._found_done(evaluations)
 
             form.on_trial, form.on_known = on_trial, on_known
-            found = form.search(nfe, self.config.trials, self.config.ridge)
+            starts = STARTS[: config.starts]
+            candidates = [form.search(nfe, config.trials, config.ridge, start) for start in starts]
             form.on_trial, form.on_known = self._log_trial, self._on_known
-        stages.append(self._ended("closed_form", found, began))
+        stages.append(self._ended("closed_form", _best(candidates), began))
         if config.polish and nfe <= config.polish_nfe:
             began = self._evaluations()
             batches = len(list(form.batches(form.train)))
-            differences = config.polish * batches * Polish(form, found, config.search_over).count
+            differences = config.polish * batches * sum(Polish(form, c, config.search_over).count for c in candidates)
             with tqdm(desc=f"polish, {nfe} calls", unit="difference", total=differences, disable=quiet) as bar:
-                found = polish(form, found, config.polish, bar.update, config.search_over)
-            stages.append(self._ended("polish", found, began))
+                candidates = [polish(form, c, config.polish, bar.update, config.search_over) for c in candidates]
+            stages.append(self._ended("polish", _best(candidates), began))
+        found = _best(candidates)
         if config.method == "gradient":
             began = self._evaluations()
             found, images = self._descended(form, found)
@@ -644,6 +646,11 @@ class Search:
 def search(config: SearchConfig) -> None:
     """The command."""
     Search(config)()
+
+
+def _best(candidates: Sequence[Candidate]) -> Candidate:
+    """On held-out samples."""
+    return min(candidates, key=lambda c: comparable(c.validation_mse))
 
 
 def _entry(found: Candidate) -> dict[str, Any]:

@@ -82,6 +82,7 @@ def test_a_backward_pass_to_the_latent_takes_less_than_it_is_charged():
 FEW = {**CLOSED_FORM, "trials": 4, "teacher_steps": 10}
 RUNS = {
     "closed_form": {**FEW, "nfe": [2, 3], "fill_nfe": [2, 4]},
+    "starts": {**FEW, "nfe": [3], "fill_nfe": [], "polish": 0, "starts": 3},
     "few": {**FEW, "nfe": [4], "fill_nfe": [2, 4]},
     "gradient": {**FEW, "method": "gradient", "nfe": [2], "fill_nfe": [], "gradient_calls": 3},
     "adam": {**FEW, "method": "gradient", "nfe": [2], "fill_nfe": [], "polish": 0, "gradient_calls": 2,

@@ -26,6 +26,7 @@ from diffusers_dssolver.pipelines import SiTPipeline
 from dssolver_search import run as run_module
 from dssolver_search.cli import main
 from dssolver_search.closed_form import DECIMALS, FINAL_FITS, ClosedForm, RowFit, warped_nodes
+from dssolver_search.config import STARTS
 from dssolver_search.fit import fit
 from dssolver_search.objective import paper_loss
 from dssolver_search.parameters import PaperParameters
@@ -827,6 +828,31 @@ def test_a_fill_takes_whatever_is_best_on_held_out_samples(best, models, tmp_pat
     assert config["provenance"]["results"]["5"]["source"] == best
     assert config["solvers"]["5"]["coefficients"] == [list(row) for row in made[best]["coefficients"]]
     assert f"filled, {best}" in capsys.readouterr().out
+
+
+def test_every_start_is_searched_and_polished_and_the_best_kept(models, tmp_path, monkeypatch):
+    began, polished = [], []
+    find, improve = ClosedForm.search, run_module.polish
+
+    def watched(form, nfe, trials, ridge, start):
+        began.append(start)
+        return find(form, nfe, trials, ridge, start)
+
+    def improved(form, found, *rest):
+        polished.append((found, improve(form, found, *rest)))
+        return polished[-1][1]
+
+    monkeypatch.setattr(ClosedForm, "search", watched)
+    monkeypatch.setattr(run_module, "polish", improved)
+    search(models["vp"], tmp_path, nfe=[4], fill_nfe=[], trials=3, starts=3, polish=1, num_train_samples=8)
+    assert began == list(STARTS[:3])
+    facts = DSSolverScheduler.from_pretrained(tmp_path).config.provenance["results"]["4"]
+    before, after = zip(*((a.validation_mse, b.validation_mse) for a, b in polished), strict=True)
+    assert len(set(before)) == 3  # they are different places
+    assert [stage["validation_mse"] for stage in facts["stages"]] == [min(before), min(after)]
+    assert facts["validation_mse"] == min(after)
+    one = next(c for _, c in polished if c.validation_mse == min(after))
+    assert tuple(facts["warp"]) == one.warp
 
 
 def test_fewer_calls_than_any_searched_are_searched(models, tmp_path, monkeypatch):
