@@ -233,7 +233,7 @@ def test_folders_that_cannot_be_published(artefact, tmp_path):
     for text, message in (
         ("[1]", "no comparison could be read"),
         ("{", "no comparison could be read"),
-        (json.dumps({**FLOW, "results": FLOW["results"][1:2]}), "has results of paper, not of 'closed_form'"),
+        (json.dumps({**FLOW, "results": FLOW["results"][1:2]}), "has results of unipc, not of 'closed_form'"),
     ):
         record.write_text(text)
         with pytest.raises(ValueError, match=message):
