@@ -106,7 +106,9 @@ class Comparison:
         guidance = self.config.call_arguments.get("guidance_scale", default)
         if scheduler.config.guidance_solvers and isinstance(guidance, (int, float)):
             return DSSolverScheduler.from_config(scheduler.config, guidance_scale=float(guidance))
-        told = ((scheduler.config.provenance or {}).get("call") or {}).get("guidance_scale", guidance)
+        provenance = scheduler.config.provenance  # of a file: it may be anything
+        call = provenance.get("call") if isinstance(provenance, dict) else None
+        told = call.get("guidance_scale", guidance) if isinstance(call, dict) else guidance
         if told != guidance and self.accelerator.is_main_process:
             say(f"{source} was searched at guidance scale {told}, this run is at {guidance}")
         return scheduler

@@ -181,7 +181,8 @@ def _tensor_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -
 def weights_digest(network: nn.Module) -> str:
     """SHA-256 of a network's parameters and buffers."""
     told = hashlib.sha256()
-    for name, value in sorted(network.state_dict().items()):
+    tensors = {name: value for name, value in network.state_dict().items() if isinstance(value, Tensor)}
+    for name, value in sorted(tensors.items()):
         told.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         told.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return told.hexdigest()
