@@ -4,7 +4,8 @@ Inside: for given nodes, row i is the ridge least-squares solution that brings t
 reference's state at node i+1, solved in the very step where its history and that state meet; batch after batch goes up
 to that step, the network calls before it replayed, so that no more than one batch is ever run at a time. Outside: step
 sizes are softmax(a u + b u^2 + c u^3), u from -1 to 1 over the steps; the three numbers by Nelder-Mead, from uniform. A
-smooth warp finds the shape that free node logits miss (they have many local minima).
+smooth warp finds the shape that free node logits miss (they have many local minima); it has some of its own, so it is
+searched from several places.
 """
 
 from __future__ import annotations
@@ -32,15 +33,18 @@ Samples = tuple[Sequence[int], Reference]
 IDENTITY: Warp = (0.0, 0.0, 0.0)
 MAX_WARP = 15.0  # beyond it step sizes vanish in float64
 DECIMALS = 7  # of what a linear system gives: finer ones, of no use to a float32 state, hang on the order of sums
-KEEP = 5  # warps that are fitted again to all training samples
+KEEP = 5  # warps of the best start that are fitted again to all training samples
 RIDGE_FACTORS = (10, 100)  # tried on the best warp besides the ridge that the search ran with
-
-FINAL_FITS = KEEP + len(RIDGE_FACTORS)
 
 
 def comparable(error: float) -> float:
     """Ten significant digits: which of two equals is taken must not hang on the order of a sum over processes."""
     return float(f"{error:.9e}")
+
+
+def fits_of(trials: int, starts: int) -> tuple[int, int]:
+    """How many fits `ClosedForm.search` makes at most: to trial samples, to all training samples."""
+    return trials + (starts - 1) * -(-trials // 2), starts - 1 + min(KEEP, trials) + len(RIDGE_FACTORS)
 
 
 def warped_nodes(warp: Sequence[float], nfe: int) -> Tensor:
@@ -229,24 +233,24 @@ class ClosedForm:
         """The candidate with its validation error measured."""
         return replace(candidate, validation_mse=self.score(candidate.raw, candidate.spec.coefficients))
 
-    def search(self, nfe: int, trials: int, ridge: float, start: Sequence[float] = IDENTITY) -> Candidate:
-        """Warps, from `start` on, are compared on the trial samples; the `KEEP` best are fitted again to all of them,
-        the best of these also with larger ridges, and the best on validation samples is returned."""
-        seen: list[Candidate] = []
-        indices, reference = self.train
-        few = self.num_trial_samples
-        trial = indices[:few], Reference(reference.angles, reference.states[:, :few])
-
-        def objective(warp: np.ndarray) -> float:
-            if np.abs(warp).sum() > MAX_WARP:
-                return np.inf
-            seen.append(self.fit(nfe, warp.tolist(), ridge, trial))
-            return comparable(np.log(seen[-1].train_mse + 1e-30))
-
-        simplex = np.array(start) + np.array([IDENTITY, *(0.8 * np.eye(3))])
-        options = {"maxfev": trials, "initial_simplex": simplex, "xatol": 1e-2, "fatol": 1e-3}
-        minimize(objective, np.array(start), method="Nelder-Mead", options=options)
-        finalists = [self.fit(nfe, c.warp, ridge) for c in sorted(seen, key=lambda c: comparable(c.train_mse))[:KEEP]]
+    def search(self, nfe: int, trials: int, ridge: float, starts: Sequence[Warp] = (IDENTITY,)) -> Candidate:
+        """From every start half of the trials; the start whose best warp, fitted again to all training samples, does
+        best there gets the other half. Its `KEEP` best warps are fitted so, the best of these also with larger ridges,
+        and the best on validation samples is returned. One start gets all trials at once."""
+        half = trials if len(starts) == 1 else -(-trials // 2)
+        ways = [
+            _Descent(self, nfe, ridge, np.array(start) + np.array([IDENTITY, *(0.8 * np.eye(3))])) for start in starts
+        ]
+        firsts = []
+        for way in ways:
+            way.go(half)
+            firsts.append(self.fit(nfe, way.best(1)[0].warp, ridge))
+        taken = min(range(len(starts)), key=lambda k: comparable(firsts[k].train_mse))
+        ways[taken].go(trials - half)
+        finalists = [
+            firsts[taken] if c.warp == firsts[taken].warp else self.fit(nfe, c.warp, ridge)
+            for c in ways[taken].best(KEEP)
+        ]
         best = min(finalists, key=lambda c: comparable(c.train_mse))
         finalists += [self.fit(nfe, best.warp, ridge * factor) for factor in RIDGE_FACTORS]
         return min(map(self.validated, finalists), key=lambda c: comparable(c.validation_mse))
@@ -256,3 +260,34 @@ class ClosedForm:
         count = torch.tensor(errors.numel(), dtype=torch.float64, device=errors.device)
         total = self.reduce(torch.stack([errors.double().square().sum(), count]))
         return float(total[0] / total[1])
+
+
+class _Descent:
+    """Nelder-Mead over warps on the trial samples, which can be stopped and gone on with."""
+
+    def __init__(self, form: ClosedForm, nfe: int, ridge: float, simplex: np.ndarray) -> None:
+        indices, reference = form.train
+        few = form.num_trial_samples
+        self.samples = indices[:few], Reference(reference.angles, reference.states[:, :few])
+        self.form, self.nfe, self.ridge, self.simplex = form, nfe, ridge, simplex
+        self.seen: dict[Warp, Candidate] = {}
+
+    def go(self, trials: int) -> None:
+        """So many more warps."""
+        known = sum(tuple(vertex) in self.seen for vertex in self.simplex.tolist())
+        options = {"maxfev": trials + known, "initial_simplex": self.simplex, "xatol": 1e-2, "fatol": 1e-3}
+        if trials:
+            self.simplex = minimize(self._error, self.simplex[0], method="Nelder-Mead", options=options).final_simplex[
+                0
+            ]
+
+    def best(self, count: int) -> list[Candidate]:
+        return sorted(self.seen.values(), key=lambda c: comparable(c.train_mse))[:count]
+
+    def _error(self, warp: np.ndarray) -> float:
+        if np.abs(warp).sum() > MAX_WARP:
+            return np.inf
+        a, b, c = warp.tolist()
+        if (a, b, c) not in self.seen:
+            self.seen[a, b, c] = self.form.fit(self.nfe, (a, b, c), self.ridge, self.samples)
+        return comparable(np.log(self.seen[a, b, c].train_mse + 1e-30))

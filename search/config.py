@@ -112,9 +112,10 @@ class SearchConfig(ModelConfig):
     teacher_tolerance: float = option(
         "teacher_steps 0: mse of final states against twice the steps, over their variance", default=1e-5
     )
-    trials: int = option("closed_form: warps tried per NFE and start", default=40)
+    trials: int = option("closed_form: warps tried per NFE by the best start, half of them by each other", default=40)
     starts: int = option(
-        f"closed_form: places from which warps are searched, each one's best polished, 1 to {len(STARTS)}", default=1
+        f"closed_form: places from which warps are searched, the best one's polished, 1 to {len(STARTS)}",
+        default=len(STARTS),
     )
     polish: int = option("closed_form: Gauss-Newton iterations after it, forward evaluations too", default=2)
     polish_nfe: int = option("largest NFE that is polished; the cost grows with the cube of it", default=20)

@@ -26,7 +26,7 @@ from diffusers_dssolver import DSSolverScheduler
 from diffusers_dssolver.card import without_paths
 from diffusers_dssolver.solver import SolverSpec
 
-from .closed_form import FINAL_FITS, IDENTITY, Candidate, ClosedForm, Samples, comparable, warped_nodes
+from .closed_form import IDENTITY, Candidate, ClosedForm, Samples, comparable, fits_of, warped_nodes
 from .config import PERCEPTUAL, STARTS, SearchConfig
 from .fit import fit
 from .gradient import Descent
@@ -241,7 +241,8 @@ class Search:
         config, quiet = self.config, not self.accelerator.is_main_process
         stages: list[dict[str, Any]] = []
         began = self._evaluations()
-        fits = config.starts * (config.trials + FINAL_FITS)
+        starts = STARTS[: config.starts]
+        fits = sum(fits_of(config.trials, len(starts)))
         with tqdm(desc=f"closed form, {nfe} calls", unit="fit", total=fits, disable=quiet) as bar:
 
             def on_trial(candidate: Candidate) -> None:
@@ -254,18 +255,16 @@ class Search:
                 self._found_done(evaluations)
 
             form.on_trial, form.on_known = on_trial, on_known
-            starts = STARTS[: config.starts]
-            candidates = [form.search(nfe, config.trials, config.ridge, start) for start in starts]
+            found = form.search(nfe, config.trials, config.ridge, starts)
             form.on_trial, form.on_known = self._log_trial, self._on_known
-        stages.append(self._ended("closed_form", _best(candidates), began))
+        stages.append(self._ended("closed_form", found, began))
         if config.polish and nfe <= config.polish_nfe:
             began = self._evaluations()
             batches = len(list(form.batches(form.train)))
-            differences = config.polish * batches * sum(Polish(form, c, config.search_over).count for c in candidates)
+            differences = config.polish * batches * Polish(form, found, config.search_over).count
             with tqdm(desc=f"polish, {nfe} calls", unit="difference", total=differences, disable=quiet) as bar:
-                candidates = [polish(form, c, config.polish, bar.update, config.search_over) for c in candidates]
-            stages.append(self._ended("polish", _best(candidates), began))
-        found = _best(candidates)
+                found = polish(form, found, config.polish, bar.update, config.search_over)
+            stages.append(self._ended("polish", found, began))
         if config.method == "gradient":
             began = self._evaluations()
             found, images = self._descended(form, found)
@@ -321,7 +320,7 @@ class Search:
         known = {int(n): e for n, e in self.state["solvers"].items() if e["kind"] == "searched"}
         counts = sorted(known)
         if nfe < counts[0]:
-            found = form.search(nfe, self.config.trials, self.config.ridge)
+            found = form.search(nfe, self.config.trials, self.config.ridge, STARTS[: self.config.starts])
         else:
             warp = [float(np.interp(nfe, counts, [known[n]["warp"][k] for n in counts])) for k in range(3)]
             ridge = known[min(counts, key=lambda n: abs(n - nfe))]["ridge"]
@@ -646,11 +645,6 @@ class Search:
 def search(config: SearchConfig) -> None:
     """The command."""
     Search(config)()
-
-
-def _best(candidates: Sequence[Candidate]) -> Candidate:
-    """On held-out samples."""
-    return min(candidates, key=lambda c: comparable(c.validation_mse))
 
 
 def _entry(found: Candidate) -> dict[str, Any]:

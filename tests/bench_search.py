@@ -1,12 +1,12 @@
 """`make bench-search`: what a search costs and brings, beside the paper's recipe and diffusers' own schedulers.
 
-On the embedded models, for each seed: the default `closed_form`, going on as `--method gradient` for the first
---gradient-seeds, and `--method paper` for the first --paper-seeds (Algorithm 1 and 2, with fewer samples than the
-paper's 50 000). Whenever a run improves on itself its solver is tried on test samples that no search has seen; that is
-not counted in its network evaluations, the teacher is. Every finished run is kept under --output, so that a killed
-benchmark goes on. Prints tables, draws curves.png, writes bench_search.json. `--ablation` measures what each choice of
-the default brings, `--memory` the peak memory of a polish and of a gradient at several step counts, `--precision` what
-bfloat16 costs; `--update` puts the tables into search/README.md and what they are made of beside the models.
+On the embedded models, for each seed: the default `closed_form`, `--method gradient` for the first --gradient-seeds
+and `--method paper` for the first --paper-seeds (Algorithm 1 and 2, with fewer samples than the paper's 50 000).
+Whenever a run improves on itself its solver is tried on test samples that no search has seen; that is not counted in
+its network evaluations, the teacher is. Every finished run is kept under --output, so that a killed benchmark goes
+on. Prints tables, draws curves.png, writes bench_search.json. `--ablation` measures what each choice of the default
+brings, `--memory` the peak memory of a polish and of a gradient at several step counts, `--precision` what bfloat16
+costs; `--update` puts the tables into search/README.md and what they are made of beside the models.
 """
 
 from __future__ import annotations
@@ -54,7 +54,6 @@ ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "search" / "demo"
 FAMILIES, NFES, SEEDS = ("flow", "vp"), (5, 6, 8, 10), (0, 1, 2)
 METHODS = ("paper", "closed_form", "gradient")
-ENDS = (("paper",), ("closed_form", "polish"), ("gradient",))  # stages whose last is a method's result
 GUIDANCE, TEST_SAMPLES, REFERENCE_STEPS = 1.5, 64, 400
 PAPER = {"num_generated_samples": 512, "train_batch_size": 4, "validation_steps": 16}  # the paper: 50 000
 PAPER_SAMPLES = 50_000
@@ -64,12 +63,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "no polish": {"polish": 0},
     "polish 1": {"polish": 1},
     "polish 4": {"polish": 4},
-    "nodes: uniform in t": {"trials": 1},
-    "nodes: uniform in log-SNR": {"trials": 1, "start": "log-SNR"},
-    "nodes: Karras": {"trials": 1, "start": "karras"},
-    "nodes: quadratic": {"trials": 1, "start": "quadratic"},
-    "nodes: cosine": {"trials": 1, "start": "cosine"},
-    "15 trials": {"trials": 15},
+    "nodes: uniform in t": {"trials": 1, "starts": 1},
+    "nodes: uniform in log-SNR": {"trials": 1, "starts": 1, "start": "log-SNR"},
+    "nodes: Karras": {"trials": 1, "starts": 1, "start": "karras"},
+    "nodes: quadratic": {"trials": 1, "starts": 1, "start": "quadratic"},
+    "nodes: cosine": {"trials": 1, "starts": 1, "start": "cosine"},
+    "1 start": {"starts": 1},
+    "2 starts": {"starts": 2},
+    "16 trials": {"trials": 16},
     "100 trials": {"trials": 100},
     "polish without times t'": {"search_over": ["nodes", "coefficients"]},
     "polish without nodes": {"search_over": ["coefficients", "times"]},
@@ -275,28 +276,28 @@ def summary(runs: Sequence[dict[str, Any]], stock: dict[str, Any]) -> list[dict[
     """One row per family and NFE; medians over the seeds of each method."""
     rows = []
     for family in FAMILIES:
-        mine = [r for r in runs if r["family"] == family]
-        by_paper, others = ([r for r in mine if (r["method"] == "paper") == kind] for kind in (True, False))
-        for nfe in NFES if by_paper and others else ():
+        mine = {m: [r for r in runs if (r["family"], r["method"]) == (family, m)] for m in METHODS}
+        for nfe in NFES if mine["paper"] and mine["closed_form"] else ():
             row: dict[str, Any] = {"family": family, "nfe": nfe, **stock[family][str(nfe)]}
-            paper, ours = ([_points(r, nfe) for r in kind] for kind in (by_paper, others))
-            descended = [p for p in ours if p[-1]["stage"] in ENDS[2]]
+            paper, ours, descended = ends = [[_points(r, nfe) for r in mine[m]] for m in METHODS]
             row["paper"] = [p[-1]["test_mse"] for p in paper]
-            row["closed_form"] = [_last(p, ENDS[1])["test_mse"] for p in ours]
+            row["closed_form"] = [p[-1]["test_mse"] for p in ours]
             row["gradient"] = [p[-1]["test_mse"] for p in descended]
             row["paper evaluations"] = _median(p[-1]["network_evaluations"] for p in paper)
-            teacher = _median(r["teacher"] for r in by_paper)
+            teacher = _median(r["teacher"] for r in mine["paper"])
             more = (row["paper evaluations"] - teacher) * PAPER_SAMPLES / PAPER["num_generated_samples"]
             row["paper evaluations, 50 000 samples"] = teacher + more
-            row["closed_form evaluations"] = _median(_last(p, ENDS[1])["network_evaluations"] for p in ours)
-            row["gradient evaluations"] = _median(p[-1]["network_evaluations"] for p in descended)
+            row["closed_form evaluations"] = _median(p[-1]["network_evaluations"] for p in ours)
+            if descended:
+                row["gradient evaluations"] = _median(p[-1]["network_evaluations"] for p in descended)
             end = _median(row["paper"])
             as_good = [
                 min((q["network_evaluations"] for q in p if q["test_mse"] <= end), default=math.inf) for p in ours
             ]
             row["evaluations until as good as paper"] = _median(as_good)
-            ends = zip(METHODS, (paper, ours, descended), ENDS, strict=True)
-            row["seconds"] = {m: _median(_last(p, stages)["seconds"] for p in q) for m, q, stages in ends}
+            row["seconds"] = {
+                m: _median(p[-1]["seconds"] for p in points) for m, points in zip(METHODS, ends, strict=True) if points
+            }
             rows.append(row)
     return rows
 
@@ -305,13 +306,8 @@ def _points(run: dict[str, Any], nfe: int) -> list[dict[str, Any]]:
     return [p for p in run["points"] if p["nfe"] == nfe]
 
 
-def _last(points: Sequence[dict[str, Any]], stages: Sequence[str]) -> dict[str, Any]:
-    return [p for p in points if p["stage"] in stages][-1]
-
-
 def _median(values: Any) -> float:
-    values = list(values)
-    return statistics.median(values) if values else math.nan
+    return statistics.median(values)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -329,14 +325,14 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             f"{_spread(r['closed_form'])} | {_spread(r['gradient'])} | {best / _median(r['paper']):.2f} | "
             f"{best / r['mse']:.2f} | {_thousands(r['paper evaluations'])} "
             f"({r['paper evaluations, 50 000 samples'] / 1e6:.1f} M) | {_thousands(r['closed_form evaluations'])} | "
-            f"{_thousands(r['gradient evaluations'])} | {_thousands(until)} | "
+            f"{_thousands(r.get('gradient evaluations'))} | {_thousands(until)} | "
             f"{until / r['paper evaluations, 50 000 samples']:.4f} |"
         )
     for family in FAMILIES:
         mine = [r for r in rows if r["family"] == family]
         if mine:
             ratio = [_median(r["closed_form"]) / r["mse"] for r in mine]
-            seconds = {m: sum(r["seconds"][m] for r in mine) for m in METHODS}
+            seconds = {m: sum(r["seconds"][m] for r in mine) for m in METHODS if m in mine[0]["seconds"]}
             spent = ", ".join(f"`{m}` {s / 60:.1f} min" for m, s in seconds.items())
             mean = statistics.geometric_mean(ratio)
             lines += [
@@ -354,8 +350,8 @@ def _spread(values: Sequence[float]) -> str:
     return f"{_median(values):.3g} ({min(values):.3g} to {max(values):.3g})" if len(values) > 1 else f"{values[0]:.3g}"
 
 
-def _thousands(value: float) -> str:
-    return "never" if value == math.inf else "-" if math.isnan(value) else f"{value / 1000:.0f} k"
+def _thousands(value: float | None) -> str:
+    return "-" if value is None else "never" if value == math.inf else f"{value / 1000:.0f} k"
 
 
 def curves(runs: Sequence[dict[str, Any]], stock: dict[str, Any], file: Path) -> None:
@@ -411,8 +407,9 @@ def bench(
             test = Test(family, folder)
             if family not in stock:
                 stock[family] = kept(folder / f"stock-{family}.json", lambda: {str(n): test.stock(n) for n in NFES})  # noqa: B023
-            ours = "gradient" if seed in seeds[:gradient_seeds] else "closed_form"
-            methods = [(ours, {})] + ([("paper", PAPER)] if seed in seeds[:paper_seeds] else [])
+            methods: list[tuple[str, dict[str, Any]]] = [("closed_form", {})]
+            methods += [("gradient", {})] if seed in seeds[:gradient_seeds] else []
+            methods += [("paper", PAPER)] if seed in seeds[:paper_seeds] else []
             for method, more in methods:
                 name = folder / f"{family}-{seed}-{method}"
                 found = searched(family, test, name, NFES, method=method, seed=seed, **more)

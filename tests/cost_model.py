@@ -18,7 +18,7 @@ from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DCondi
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from dssolver_search.closed_form import KEEP, RIDGE_FACTORS
+from dssolver_search.closed_form import KEEP, RIDGE_FACTORS, fits_of
 from dssolver_search.config import SearchConfig
 from dssolver_search.polish import DAMPINGS
 from dssolver_search.teacher import CONVERGENCE_SAMPLES
@@ -90,23 +90,24 @@ def polish(c: SearchConfig, n: int) -> list[Work]:
     return [*works, ("held out", c.num_validation_samples, c.polish * len(DAMPINGS) * n)]
 
 
-def fitted(c: SearchConfig, n: int, starts: int = 1) -> list[Work]:
-    """The search of a warp from so many starts, all trials spent (those beyond the largest warp cost nothing); each set
-    of samples has its first call in common."""
+def fitted(c: SearchConfig, n: int) -> list[Work]:
+    """The search of a warp, all trials spent (those beyond the largest warp cost nothing); each set of samples has its
+    first call in common."""
     train, held_out = c.num_train_samples, c.num_validation_samples
-    few, fits = min(c.num_trial_samples, train), min(KEEP, c.trials) + len(RIDGE_FACTORS)
-    works = [("trial fits", few, 1 + starts * c.trials * (n - 1)), ("final fits", train, 1 + starts * fits * (n - 1))]
-    return [*works, ("held out", held_out, 1 + starts * fits * (n - 1))]
+    few, judged = min(c.num_trial_samples, train), min(KEEP, c.trials) + len(RIDGE_FACTORS)
+    trials, fits = fits_of(c.trials, c.starts)
+    works = [("trial fits", few, 1 + trials * (n - 1)), ("final fits", train, 1 + fits * (n - 1))]
+    return [*works, ("held out", held_out, 1 + judged * (n - 1))]
 
 
 def solver(c: SearchConfig, n: int) -> list[Work]:
-    """One table: every polish kept, no early end; each start has as many fits, and a polish."""
+    """One table: every polish kept, no early end."""
     train, held_out = c.num_train_samples, c.num_validation_samples
     if c.method == "paper":  # whole batches; 3 a differentiated call, nothing recomputed
         updates = math.ceil(c.num_generated_samples / c.train_batch_size)
         works = [("paper", c.train_batch_size, updates * (c.reference_steps + 3 * n))]
         return [*works, ("held out", held_out, 1 + math.ceil(updates / c.validation_steps) * (n - 1))]
-    works = fitted(c, n, c.starts) + (c.starts * polish(c, n) if c.polish and n <= c.polish_nfe else [])
+    works = fitted(c, n) + (polish(c, n) if c.polish and n <= c.polish_nfe else [])
     if c.method == "gradient":  # 4 a call: forward, recomputation, 2 for backward; L-BFGS makes one call for its scale
         works += [("gradient", train, 4 * n * (c.gradient_calls + (c.optimizer == "lbfgs")))]
         works += [("held out", held_out, c.gradient_calls * n)]

@@ -111,12 +111,14 @@ def test_formulas_are_what_searches_count(run, model, tmp_path, monkeypatch):
 
 
 def test_a_table_by_hand():
-    """Defaults, 5 calls: 40 trials, seven fits, two polish iterations over 4 step sizes, 10 corrections, 5 times."""
+    """Defaults, 5 calls: 40 trials from the best start, 20 from each of three others, whose best are fitted again, as
+    are five of the best start's and one with two ridges; seven are judged; two polish iterations over 4 step sizes, 10
+    corrections, 5 times."""
     config = SearchConfig("model", "folder", nfe=[5], fill_nfe=[])
     differences = 4 * 4 + (1 * 3 + 2 * 2 + 3 * 1) + (5 + 4 + 3 + 2 + 1)
-    train = 1 + 7 * 4 + (4 + differences) + (5 + differences) + 5
+    train = 1 + (3 + 7) * 4 + (4 + differences) + (5 + differences) + 5
     held_out = 1 + 7 * 4 + 2 * 3 * 5
-    assert busiest(cost_model.solver(config, 5)) == 32 * (1 + 40 * 4) + 64 * train + 32 * held_out
+    assert busiest(cost_model.solver(config, 5)) == 32 * (1 + (40 + 3 * 20) * 4) + 64 * train + 32 * held_out
     teacher = (64 + 32) * 200 + 4 * (200 + 400)
     assert busiest(cost_model.search(config)) == teacher + busiest(cost_model.solver(config, 5)) + 32 * 3 * 4
 

@@ -90,9 +90,8 @@ def test_summary_and_table_by_hand():
         for nfe in bench_search.NFES:
             ours += [point(nfe, "closed_form", 1000, 0.5), point(nfe, "polish", 2000, 0.1 * factor)]
             paper += [point(nfe, "paper", 600, 0.5), point(nfe, "paper", 612, 0.4)]
-            if seed == 0:
-                ours += [point(nfe, "gradient", 9000, 0.05)]
-        runs += [run("gradient" if seed == 0 else "closed_form", seed, ours), run("paper", seed, paper)]
+        runs += [run("closed_form", seed, ours), run("paper", seed, paper)]
+    runs += [run("gradient", 0, [point(nfe, "gradient", 9000, 0.05) for nfe in bench_search.NFES])]
     stock = {"vp": {str(n): {"mse": 1.0, "scheduler": "unipc (karras)"} for n in bench_search.NFES}}
     row = bench_search.summary(runs, stock)[0]
     assert row["closed_form"] == pytest.approx([0.1, 0.3, 0.2]) and row["gradient"] == [0.05]
@@ -102,6 +101,8 @@ def test_summary_and_table_by_hand():
     assert "0.2 (0.1 to 0.3)" in text and "| 0.50 | 0.20 |" in text and "| 0.0399 |" in text
     assert "geometric mean 0.20" in text and "`closed_form` 1.0 min" in text
     assert "seeds: `paper` 3, `closed_form` 3, `gradient` 1" in text
+    without = bench_search.summary(runs[:-1], stock)
+    assert "| - | 2 k | 0.0399 |" in bench_search.table(without) and "gradient" not in without[0]["seconds"]
 
 
 SMALL = {
@@ -130,16 +131,18 @@ def test_the_benchmark_runs_and_goes_on(small, capsys, monkeypatch):
     bench = partial(bench_search.bench, small, families=["flow"], gradient_seeds=1, paper_seeds=1, update=False)
     bench(seeds=[0])
     first = json.loads((small / "bench_search.json").read_text())
-    assert [(run["method"], run["seed"]) for run in first["runs"]] == [("gradient", 0), ("paper", 0)]
+    assert [(run["method"], run["seed"]) for run in first["runs"]] == [
+        (method, 0) for method in ("closed_form", "gradient", "paper")
+    ]
     assert [row["nfe"] for row in first["rows"]] == [3, 4]
     for row in first["rows"]:
-        ours, paper = ([p for p in run["points"] if p["nfe"] == row["nfe"]] for run in first["runs"])
+        ours, _, paper = ([p for p in run["points"] if p["nfe"] == row["nfe"]] for run in first["runs"])
         # teacher and its estimate: (4 + 3) samples of 20 steps, 4 of 20 and 40; the paper's has no training samples
-        assert [first["runs"][k]["teacher"] for k in (0, 1)] == [2 * (7 * 20 + 4 * 60), 2 * (3 * 20 + 4 * 60)]
+        assert [first["runs"][k]["teacher"] for k in (0, 2)] == [2 * (7 * 20 + 4 * 60), 2 * (3 * 20 + 4 * 60)]
         assert ours[0]["network_evaluations"] == first["runs"][0]["teacher"] + 2 * 4 * row["nfe"]  # one trial
         per_sample = 2 * (10 + 3 * row["nfe"])
         held_out = 2 * 3 * (1 + 2 * (row["nfe"] - 1))
-        assert paper[-1]["network_evaluations"] == first["runs"][1]["teacher"] + 8 * per_sample + held_out
+        assert paper[-1]["network_evaluations"] == first["runs"][2]["teacher"] + 8 * per_sample + held_out
         assert row["closed_form"][0] == next(p for p in ours if p["stage"] == "polish")["test_mse"]
     monkeypatch.setattr(bench_search.Watched, "__call__", None)  # nothing is run again
     bench(seeds=[0])
