@@ -19,7 +19,8 @@ SHIFT_KEYS = ("shift", "use_dynamic_shifting", "time_shift_type", "shift_termina
 BETA_KEYS = ("beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr", "snr_shift_scale")
 SCHEDULE_KEYS = ("num_train_timesteps", "prediction_type", "invert_sigmas", *BETA_KEYS, *SHIFT_KEYS)
 ARTEFACT_KEYS = (
-    "solvers", "guidance_solvers", "provenance", "continuous_time", "searched_shift", "interpolate_corrections"
+    "solvers", "guidance_solvers", "provenance", "continuous_time", "searched_shift", "interpolate_corrections",
+    "mean_decay",
 )  # fmt: skip
 BOOLEAN_KEYS = (
     "rescale_betas_zero_snr", "continuous_time", "use_dynamic_shifting", "invert_sigmas", "strict", "thresholding",
@@ -70,6 +71,9 @@ def check_options(config: Mapping[str, Any]) -> None:
     _check_number("sample_max_value", config["sample_max_value"], (1, LARGE))
     if config["thresholding"] and config["prediction_type"] == "flow_prediction":
         raise ValueError("thresholding is for vp models; on a flow model leave it false")
+    _check_number("mean_decay", config["mean_decay"], (0, 1), optional=True)
+    if config["mean_decay"] is not None and config["prediction_type"] != "flow_prediction":
+        raise ValueError(f"mean_decay is {config['mean_decay']}, but it is for flow models; on a vp model leave it out")
 
 
 def make_path(config: Mapping[str, Any]) -> Path:

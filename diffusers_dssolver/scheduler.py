@@ -35,7 +35,7 @@ from .grids import TOLERANCE, is_default
 from .paths import FlowPath, VPPath
 from .published import published_config, published_solvers
 from .solver import MAX_NFE, SolverSpec, fold
-from .step import Scalar, step, weighted_sum
+from .step import Scalar, decayed_mean, split_mean, step, weighted_sum
 
 logger = logging.get_logger(__name__)
 
@@ -89,6 +89,10 @@ class DSSolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
             by a search that measured it to help.
         history_length: at most this many model outputs are held, 1 or more (longer rows are folded); None: all that
             the solver uses.
+        mean_decay: of flow models, 0 to 1: rows weigh velocities without their means (`step.split_mean`), in whose
+            place comes the average of the means so far, that of k steps ago with weight mean_decay^k (0: the newest,
+            1: all alike). Against grid artefacts of solvers searched on another model, such as ImageNet's on FLUX
+            (Sec. 7.1). It belongs to the tables: `from_config` with other `solvers` leaves it behind. None: off.
 
     Raises:
         ValueError: naming the key, its value and what is accepted.
@@ -141,6 +145,7 @@ class DSSolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
         history_length: int | None = None,
         guidance_solvers: dict[str, dict[str, dict[str, list]]] | None = None,
         guidance_scale: float | None = None,
+        mean_decay: float | None = None,
     ) -> None:
         if isinstance(trained_betas, np.ndarray):
             self.register_to_config(trained_betas=trained_betas.tolist())
@@ -214,11 +219,13 @@ class DSSolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
                 facts["shift"] = config["flow_shift"]
         defaults = config.get("_use_default_values", [])
         given = {**{k: v for k, v in config.items() if k not in defaults}, **facts, **kwargs}
-        source = given.get("solvers")
+        source, asked = given.get("solvers"), {key: kwargs[key] for key in kwargs if key == "mean_decay"}
         if source is None:
-            kwargs |= _matching_published(given)
+            kwargs |= _matching_published(given) | asked
         elif isinstance(source, str) and source != CLASSICAL and "solvers" in kwargs:  # a file cannot send us elsewhere
-            kwargs |= _matching(given, source, cls._load_artefact(source))
+            kwargs |= _matching(given, source, cls._load_artefact(source)) | asked
+        elif "solvers" in kwargs:
+            kwargs.setdefault("mean_decay", None)
         return super().from_config(dict(config), return_unused_kwargs=return_unused_kwargs, **{**facts, **kwargs})
 
     @classmethod
@@ -359,7 +366,10 @@ class DSSolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
             d = self._thresholded(d)
         self._remember(index, d)
         row = self._row(index, x)
-        x_next = step(x, self._history[-len(row) :], row, self._a[index], self._b[index])
+        history = self._history[-len(row) :]
+        if self._means:
+            history, row = [*history, decayed_mean(self._means, self.config.mean_decay)], [*row, 1.0]
+        x_next = step(x, history, row, self._a[index], self._b[index])
         p, q = self._path.denoised_weights(alpha, sigma)
         dtype = model_output.dtype if per_token_timesteps is None else x.dtype
         prev_sample, denoised = x_next.to(dtype), _in_dtype_of(x, d, p, q).to(dtype)
@@ -397,7 +407,8 @@ class DSSolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
 
     @property
     def model_outputs(self) -> list[Tensor]:
-        """The history, newest last; what a pipeline puts in the place of an entry (ChronoEdit) is used."""
+        """The history, newest last, without the means under `mean_decay`; what a pipeline puts in the place of an entry
+        (ChronoEdit) is used."""
         return self._history
 
     @property
@@ -560,6 +571,7 @@ class DSSolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
         ratio = nodes if isinstance(self._path, FlowPath) else sigmas / alphas
         self.sigmas = (1 - ratio if self.config.invert_sigmas else ratio).to(torch.float32)
         self._history: list[Tensor] = []
+        self._means: list[Tensor] = []  # of every step since the history began, if they are kept apart
         self._step_index = None
         self._begin_index = None
 
@@ -597,13 +609,16 @@ class DSSolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
         """Append d to the history, newest last, and let go of what no later row uses. A jump or another shape starts a
         new history; the same index again replaces the last entry."""
         if self._history:
-            last = self._last_index
-            if index == last:
+            newest, last = self._history[-1], self._last_index
+            if index not in (last, last + 1) or newest.shape != d.shape or newest.device != d.device:
+                self._history.clear()
+                self._means.clear()
+            elif index == last:
                 self._history.pop()
-            elif index != last + 1:
-                self._history.clear()
-            if self._history and (self._history[-1].shape != d.shape or self._history[-1].device != d.device):
-                self._history.clear()
+                del self._means[-1:]
+        if self.config.mean_decay is not None:
+            d, mean = split_mean(d)
+            self._means.append(mean)
         self._history.append(d)
         del self._history[: -self._needed[index]]
         self._last_index = index

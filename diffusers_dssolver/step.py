@@ -18,7 +18,7 @@ def step(x: Tensor, history: Sequence[Tensor], row: Sequence[Scalar], a: Scalar,
 
     Args:
         x: state at the current node, any shape.
-        history: the model quantities d_0 .. d_i, newest last, each of the shape of x.
+        history: the model quantities d_0 .. d_i, newest last, each of the shape of x or broadcast to it.
         row: their weights c_i0 .. c_ii, as many; numbers or 0-dim tensors (then the result is differentiable in them).
         a, b: the two factors of the path for this step (`paths.Path.transition`).
 
@@ -48,6 +48,27 @@ def weighted_sum(terms: Sequence[tuple[Scalar, Tensor]]) -> Tensor:
     for weight, tensor in rest:
         total = total + weight * tensor if isinstance(weight, Tensor) else total.add_(tensor, alpha=weight)
     return total
+
+
+def split_mean(d: Tensor) -> tuple[Tensor, Tensor]:
+    """d without its mean over all places, and that mean, which has size 1 there. Places are the tokens of
+    (B, tokens, channels), as FLUX packs its latents, and all behind the second dimension of (B, channels, ...).
+
+    Raises:
+        ValueError: d has fewer than three dimensions.
+    """
+    if d.ndim < 3:
+        raise ValueError(
+            f"mean_decay takes means over places, which a sample of shape {tuple(d.shape)} lacks; leave it out"
+        )
+    mean = d.mean(1 if d.ndim == 3 else tuple(range(2, d.ndim)), keepdim=True)
+    return d - mean, mean
+
+
+def decayed_mean(means: Sequence[Tensor], decay: float) -> Tensor:
+    """Average of the means, newest last, that of k steps ago with weight decay^k; of the shape of each."""
+    weights = [decay**age for age in reversed(range(len(means)))]
+    return weighted_sum([(weight / sum(weights), mean) for weight, mean in zip(weights, means, strict=True)])
 
 
 def rollout(

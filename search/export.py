@@ -79,6 +79,10 @@ def levels(scheduler: DSSolverScheduler, spec: SolverSpec) -> tuple[list[float],
 
 def source(scheduler: DSSolverScheduler, nfe: list[int]) -> str:
     """The Python file with these tables in it."""
+    if scheduler.config.mean_decay is not None:
+        raise ValueError(
+            f"mean_decay is {scheduler.config.mean_decay}, which this file cannot do; take it out of the solver's file"
+        )
     prediction = scheduler.config.prediction_type
     solver: dict[str, Any] = {
         "prediction": "flow" if isinstance(scheduler._path, FlowPath) else prediction,

@@ -149,6 +149,8 @@ class ProbeScheduler(DSSolverScheduler):
         mu: float | None = None,
     ) -> None:
         """As the parent's, for the arguments a pipeline gives; then the prepared nodes and rows are put in place."""
+        if self.config.mean_decay is not None:
+            raise ValueError(f"mean_decay is {self.config.mean_decay}; a search keeps no means apart, leave it out")
         super().set_timesteps(num_inference_steps, device, timesteps, sigmas, mu)
         plan = self._plan
         steps = plan.nfe if isinstance(plan, SolverSpec) else len(plan[0]) - 1
