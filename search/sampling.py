@@ -11,6 +11,7 @@ import functools
 import hashlib
 import inspect
 import json
+import math
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -83,6 +84,13 @@ def freeze(pipe: Any) -> Any:
             module.requires_grad_(False).eval()
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def spread_classes(count: int, indices: Sequence[int]) -> list[int]:
+    """Class of each sample: all `count` classes equally often, few samples from all over them (which may be sorted by
+    kind), in strides of a 32nd of the classes."""
+    stride = next(k for k in range(max(count // 32, 1), count + 1) if math.gcd(k, count) == 1)
+    return [i * stride % count for i in indices]
 
 
 class Sampler:
@@ -159,7 +167,7 @@ class Sampler:
         if self._given is not None:
             return dict(self._given(indices))
         if "class_labels" in self.accepted:
-            return {"class_labels": [i % self._classes() for i in indices]}
+            return {"class_labels": spread_classes(self._classes(), indices)}
         if "prompt" in self.accepted:
             one_for_all = {k: [v] * len(indices) for k, v in self.call.items() if _is_text(k, v)}
             return {**one_for_all, "prompt": [self.prompts[i % len(self.prompts)] for i in indices]}

@@ -401,6 +401,17 @@ def test_the_solver_of_this_guidance_is_taken(folders, tmp_path, capsys):
     assert "was searched at guidance scale 4.0, this run is at 1.5" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("provenance", [["flow"], "flow", 3, {"call": ["guidance_scale"]}, {"call": "guidance_scale"}])
+def test_a_provenance_of_any_kind_says_nothing_of_guidance(provenance, folders, tmp_path, capsys):
+    scheduler = DSSolverScheduler.from_pretrained(folders / "ours-flow")
+    scheduler.save_pretrained(tmp_path)
+    file = tmp_path / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"provenance": provenance}))
+    comparison = Comparison(settings(folders, "flow", solver=[str(tmp_path)]))
+    assert comparison.ours[tmp_path.name].tables == scheduler.tables
+    assert "searched at guidance" not in capsys.readouterr().err
+
+
 # --- never lost -------------------------------------------------------------------------------------------------------
 
 

@@ -246,6 +246,7 @@ def test_merge(tmp_path, capsys):
         ({"facts": {"call": {"guidance_scale": 2.0}}}, "was searched with {}"),
         ({"shift": 3.0, "searched_shift": {"factor": 3.0, "terminal": None}}, "was searched at shift"),
         ({"num_train_timesteps": 500}, "num_train_timesteps"),
+        ({"mean_decay": 0.5}, "has mean_decay 0.5"),
         ({"solvers": {"3": SolverSpec.euler([1.0, 0.6, 0.2, 0.0]).to_dict()}}, "no step count in common"),
     ],
 )

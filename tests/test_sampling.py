@@ -15,7 +15,7 @@ from test_search import make_pipe
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from dssolver_search.probe import ProbeScheduler, run
-from dssolver_search.sampling import PromptMemo, Sampler, _timed_networks, freeze, prompts_from_dataset
+from dssolver_search.sampling import PromptMemo, Sampler, _timed_networks, freeze, prompts_from_dataset, spread_classes
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*torchvision.*", "ignore:.*FluxPosEmbed.*:FutureWarning", "ignore:.*safety checker.*"
@@ -224,7 +224,7 @@ def test_number_of_samples_where_nothing_else_is_taken():
 
 def test_classes_come_from_the_network():
     sampler = Sampler(freeze(ZOO["DiT"].make()))
-    assert sampler.conditions([0, 999, 1000, 1001]) == {"class_labels": [0, 999, 0, 1]}
+    assert sampler.conditions([0, 999, 1000, 1001]) == {"class_labels": [0, 969, 0, 31]}
     sampler.denoisers[0].register_to_config(num_embeds_ada_norm=None)
     with pytest.raises(ValueError, match=r"num_embeds_ada_norm.*give it conditions"):
         sampler.conditions([0])
@@ -405,3 +405,13 @@ def test_no_more_is_read_than_is_used(tmp_path, monkeypatch):
     line = json.dumps({"caption": "word " * 20}) + "\n"
     file.write_text(line * 200_000 + "{broken")
     assert len(prompts_from_dataset(str(file), "caption", limit=10)) == 10
+
+
+def test_few_samples_are_of_classes_from_all_over():
+    assert spread_classes(10, range(12)) == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
+    assert spread_classes(1, range(3)) == [0, 0, 0]
+    for count in (2, 36, 64, 96, 1000):
+        assert sorted(spread_classes(count, range(count))) == list(range(count))  # equally often
+    for first in (0, 500):
+        found = sorted(spread_classes(1000, range(first, first + 32)))
+        assert max(b - a for a, b in zip(found, [*found[1:], found[0] + 1000], strict=True)) < 64
