@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # accelerate gives a process one CPU thread unless told otherwise
 THREADS ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
 
-.PHONY: demo test test-slow test-pipelines lint bench bench-search bench-processes clean
+.PHONY: demo test test-slow test-pipelines lint bench bench-search bench-processes bench-flowdcn clean
 
 # torch is named twice: for the newest torchvision, which clean-fid asks for, pip would replace it by the newest torch
 $(VENV)/.installed: pyproject.toml tests/torchvision_on_cpu.py
@@ -54,10 +54,15 @@ bench-search: $(VENV)/.installed
 	$(BIN)/python -m tests.bench_search --memory
 	$(BIN)/python -m tests.bench_search --precision
 	$(BIN)/python -m tests.bench_guidance --output "$(RUNS)/bench-guidance"
+	$(BIN)/python -m tests.bench_freedom
 
 # throughput of two processes over one, on an idle machine
 bench-processes: $(VENV)/.installed
 	$(BIN)/python -m tests.bench_processes
+
+# memory and time of FlowDCN beside DiT, by tokens
+bench-flowdcn: $(VENV)/.installed
+	$(BIN)/python -m tests.bench_flowdcn
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -11,6 +11,7 @@ from typing import Any
 from .config import (
     CardsConfig,
     CompareConfig,
+    ConvertConfig,
     EvaluateConfig,
     ExportConfig,
     MergeConfig,
@@ -28,6 +29,7 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
     "compare": (CompareConfig, "compare", "compare"),
     "merge": (MergeConfig, "merge", "merge"),
     "export": (ExportConfig, "export", "export"),
+    "convert": (ConvertConfig, "convert", "convert"),
     "evaluate": (EvaluateConfig, "evaluate", "evaluate"),
     "plot": (PlotConfig, "plots", "plot"),
     "report": (ReportConfig, "report", "report"),

@@ -28,6 +28,7 @@ PERCEPTUAL = "perceptual"  # the objective on decoded images, see `perceptual`
 STARTS = ((0.0, 0.0, 0.0), (1.5, 0.0, -0.7), (0.75, -1.0, 0.0), (1.5, -1.0, -0.7))  # of the search of a warp
 GROUPS = ("nodes", "coefficients", "times")
 DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
+CHECKPOINTS = ("sit", "dit", "flowdcn")  # of whose code `convert` reads
 FEWEST_IMAGES = 10  # of which half have four nearest neighbours each
 T = TypeVar("T")
 
@@ -250,6 +251,31 @@ class ExportConfig:
             raise ValueError("solver is missing; give --solver")
         if self.format not in ("sigmas", "kdiffusion"):
             raise ValueError(f"format is {self.format!r}; it must be sigmas or kdiffusion")
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Settings of `convert`."""
+
+    type: str = option(f"whose code wrote the checkpoint: {', '.join(CHECKPOINTS)}", default="")
+    checkpoint: str = option("file, .pt or .safetensors", default="")
+    vae: str = option("AutoencoderKL that it was trained with, Hub id or folder", default="")
+    id2label: str | None = option("JSON file of class ids and names, for calls by name", default=None)
+    num_heads: int | None = option("sit, dit: of a width that no official size has", default=None)
+    sample_size: int | None = option("flowdcn: side of its latents, 32 if not given", default=None)
+    output_dir: str = option("folder for the pipeline", default="")
+
+    def __post_init__(self) -> None:
+        for name in ("type", "checkpoint", "vae", "output_dir"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is missing; give --{name}")
+        if self.type not in CHECKPOINTS:
+            raise ValueError(f"type is {self.type!r}; it must be {' or '.join(CHECKPOINTS)}")
+        for name, takers in (("num_heads", ("sit", "dit")), ("sample_size", ("flowdcn",))):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be 1 or more")
+            if value is not None and self.type not in takers:
+                raise ValueError(f"{name} is for type {' and '.join(takers)}; leave it out")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 RUNTIME, SEARCH = "diffusers_dssolver", "dssolver_search"
 PIPELINES = f"{RUNTIME}.pipelines"
+ISOLATED = ("models", "pipelines")  # what they import of the package is in their own folder
 STANDARD = sys.stdlib_module_names
 
 # what each file of the runtime package may import beside the standard library
@@ -103,9 +104,10 @@ def test_runtime_package_needs_only_torch_and_diffusers(path):
     assert found <= {"torch", "numpy", "PIL", "huggingface_hub", "diffusers", RUNTIME}
 
 
-@pytest.mark.parametrize("path", files(f"{RUNTIME}/pipelines"), ids=module_name)
-def test_pipelines_know_no_solver(path):
-    assert not {name for name in imports_of(path) if inside(name, {RUNTIME}) and not inside(name, {PIPELINES})}
+@pytest.mark.parametrize("path", [p for f in ISOLATED for p in files(f"{RUNTIME}/{f}")], ids=module_name)
+def test_pipelines_and_models_know_no_solver(path):
+    own = f"{RUNTIME}.{path.parent.name}"
+    assert not {name for name in imports_of(path) if inside(name, {RUNTIME}) and not inside(name, {own})}
 
 
 @pytest.mark.parametrize("path", files(RUNTIME), ids=module_name)

@@ -9,7 +9,7 @@ arXiv 2401.08740) is the same network trained as a flow: here everything about n
 
 The network is fed the scheduler's own timesteps and must predict what the scheduler expects: for diffusers' flow
 schedulers t in [0, 1000], 1000 = noise, and the velocity noise - data. (SiT's own code runs t in [0, 1] from noise to
-data with the opposite velocity: its checkpoints need t = 1 - t/1000 and a sign before they fit.)
+data with the opposite velocity; `python -m dssolver_search convert` puts both into the weights.)
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.models import AutoencoderKL, DiTTransformer2DModel
+from diffusers.models import AutoencoderKL, ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
@@ -58,7 +58,7 @@ class SiTPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        transformer: DiTTransformer2DModel,
+        transformer: ModelMixin,
         scheduler: SchedulerMixin,
         vae: AutoencoderKL | None = None,
         id2label: Mapping[int, str] | Mapping[str, str] | None = None,
