@@ -39,7 +39,7 @@ class Polish:
     def __init__(self, form: ClosedForm, candidate: Candidate, free: Collection[str] = GROUPS) -> None:
         self.form, self.candidate = form, candidate
         self.numbers = around(form, candidate, free)
-        self.count = self.numbers.count
+        self.count, self.unchanged = self.numbers.count, self.numbers.unchanged
 
     def solver(self, parameters: Tensor) -> tuple[Tensor, list[list[float]], Tensor | None]:
         """parameters (count,) -> raw nodes (N+1,), rows, offsets (N,)."""
@@ -52,7 +52,7 @@ class Polish:
 
     def step(self, parameters: Tensor, on_call: Callable[[], object]) -> list[Tensor]:
         """The damped Gauss-Newton steps from here, one per damping."""
-        unchanged = self.numbers.unchanged
+        unchanged = self.unchanged
         gram = torch.zeros(self.count, self.count, dtype=torch.float64)
         right = torch.zeros(self.count, dtype=torch.float64)
         for batch in self.form.batches(self.form.train):

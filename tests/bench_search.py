@@ -59,18 +59,18 @@ PAPER = {"num_generated_samples": 512, "train_batch_size": 4, "validation_steps"
 PAPER_SAMPLES = 50_000
 BETTER = 0.95  # of the training error: an improvement that is worth a look at the test samples
 SETTINGS: dict[str, dict[str, Any]] = {
-    "default": {},
+    "one start": {},
+    "two starts": {"starts": 2},
+    "four starts, the default": {"starts": 4},
     "no polish": {"polish": 0},
     "polish 1": {"polish": 1},
     "polish 4": {"polish": 4},
-    "nodes: uniform in t": {"trials": 1, "starts": 1},
-    "nodes: uniform in log-SNR": {"trials": 1, "starts": 1, "start": "log-SNR"},
-    "nodes: Karras": {"trials": 1, "starts": 1, "start": "karras"},
-    "nodes: quadratic": {"trials": 1, "starts": 1, "start": "quadratic"},
-    "nodes: cosine": {"trials": 1, "starts": 1, "start": "cosine"},
-    "1 start": {"starts": 1},
-    "2 starts": {"starts": 2},
-    "16 trials": {"trials": 16},
+    "nodes: uniform in t": {"trials": 1},
+    "nodes: uniform in log-SNR": {"trials": 1, "start": "log-SNR"},
+    "nodes: Karras": {"trials": 1, "start": "karras"},
+    "nodes: quadratic": {"trials": 1, "start": "quadratic"},
+    "nodes: cosine": {"trials": 1, "start": "cosine"},
+    "15 trials": {"trials": 15},
     "100 trials": {"trials": 100},
     "polish without times t'": {"search_over": ["nodes", "coefficients"]},
     "polish without nodes": {"search_over": ["coefficients", "times"]},
@@ -427,8 +427,9 @@ def bench(
         put_into_readme("bench", table(rows))
 
 
-def ablation(folder: Path, seeds: Sequence[int], families: Sequence[str], update: bool) -> None:
-    """A row per choice, a column per model and NFE: median test error and evaluations."""
+def ablation(folder: Path, seeds: Sequence[int], families: Sequence[str], update: bool, kept_only: bool) -> None:
+    """A row per choice, each but for it a search from one start; a column per model and NFE: median test error and
+    evaluations. `kept_only`: of what earlier runs measured on all these seeds, nothing is run."""
     measured: dict[str, dict[str, list[float]]] = {}
     columns = [(family, nfe) for family, nfe in ABLATED if family in families]
     tests = {family: Test(family, folder) for family, _ in columns}
@@ -437,10 +438,14 @@ def ablation(folder: Path, seeds: Sequence[int], families: Sequence[str], update
             found = []
             for seed in seeds:
                 result = folder / f"ablation-{family}-{nfe}-{seed}-{name.replace(' ', '_').replace(',', '')}"
-                change = {k: v for k, v in settings.items() if k != "start"}
+                if kept_only and not result.with_suffix(".json").exists():
+                    continue
+                change = {"starts": 1, **{k: v for k, v in settings.items() if k != "start"}}
                 with with_nodes(settings["start"], family) if "start" in settings else nullcontext():
                     run = searched(family, tests[family], result, [nfe], seed=seed, **change)
                 found.append(run["points"][-1])
+            if len(found) < len(seeds):
+                continue
             result = [_median(p[k] for p in found) for k in ("test_mse", "network_evaluations")]
             measured.setdefault(name, {})[f"{family}, {nfe} calls"] = result
             print(name, family, nfe, *result, flush=True)
@@ -451,14 +456,16 @@ def ablation(folder: Path, seeds: Sequence[int], families: Sequence[str], update
 
 
 def ablation_table(measured: dict[str, dict[str, list[float]]]) -> str:
-    """Test error and evaluations, and in brackets the error over the default's."""
-    columns = list(measured["default"])
+    """Test error and evaluations, and in brackets the error over the first row's."""
+    first = next(iter(measured.values()))
+    columns = list(first)
+
+    def cell(column: str, error: float = math.nan, spent: float = math.nan) -> str:
+        return f"{error:.3g} ({error / first[column][0]:.2f}), {_thousands(spent)}" if error == error else "-"
+
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, cells in measured.items():
-        shown = [
-            f"{error:.3g} ({error / measured['default'][column][0]:.2f}), {_thousands(spent)}"
-            for column, (error, spent) in cells.items()
-        ]
+        shown = [cell(column, *cells.get(column, ())) for column in columns]
         lines.append(f"| {name} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
@@ -539,6 +546,7 @@ def main() -> None:
     for method in ("gradient", "paper"):
         parser.add_argument(f"--{method}-seeds", type=int, default=len(SEEDS), help="so many of the seeds, with it")
     parser.add_argument("--ablation", action="store_true")
+    parser.add_argument("--kept-only", action="store_true", help="--ablation: run nothing, show what was measured")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--precision", action="store_true")
     parser.add_argument("--update", action="store_true")
@@ -549,7 +557,7 @@ def main() -> None:
     elif given.precision:
         precision(given.families)
     elif given.ablation:
-        ablation(given.output, given.seeds, given.families, given.update)
+        ablation(given.output, given.seeds, given.families, given.update, given.kept_only)
     else:
         bench(given.output, given.seeds, given.families, given.gradient_seeds, given.paper_seeds, given.update)
 

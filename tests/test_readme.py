@@ -12,10 +12,13 @@ from pathlib import Path
 
 import conformance
 import pytest
+import torch
 from diffusers import DiTPipeline
-from pipeline_zoo import ZOO, make_dit
+from pipeline_zoo import ZOO, make_dit, make_vae
+from safetensors.torch import load_file
 
-from diffusers_dssolver import published_solvers
+from diffusers_dssolver import DSSolverScheduler, published_solvers
+from diffusers_dssolver.pipelines import SiTPipeline
 from diffusers_dssolver.published import published_config
 from dssolver_search.cli import main
 
@@ -35,7 +38,7 @@ def test_every_block_is_known():
     """A new kind of block needs a way to be executed."""
     assert README.count("```") == 2 * (len(blocks("python")) + len(blocks("bash")))
     assert len(blocks("python")) == 2
-    assert len(blocks("bash")) == 4
+    assert len(blocks("bash")) == 5
 
 
 def test_first_screen_runs_with_the_published_solver(monkeypatch):
@@ -54,8 +57,8 @@ def test_search_compare_and_use_as_written(tmp_path, monkeypatch, capsys):
     shutil.copytree(ROOT / "search" / "demo" / "flow", tmp_path / "search" / "demo" / "flow")
     monkeypatch.chdir(tmp_path)
     commands = [shlex.split(block) for block in blocks("bash") if "dssolver_search" in block]
-    assert [command[command.index("dssolver_search") + 1] for command in commands] == ["search", "compare"]
-    for command in commands:
+    assert [command[command.index("dssolver_search") + 1] for command in commands] == ["search", "compare", "convert"]
+    for command in commands[:2]:
         name, *arguments = command[command.index("dssolver_search") + 1 :]
         main([name, *arguments, *SMALLER[name].split()])
     printed = capsys.readouterr().out
@@ -66,6 +69,20 @@ def test_search_compare_and_use_as_written(tmp_path, monkeypatch, capsys):
     exec(blocks("python")[1], scope)
     assert len(scope["images"]) == 2
     assert scope["pipe"].scheduler.tables == (5, 8)
+
+
+def test_convert_as_written(tmp_path, monkeypatch):
+    """A tiny checkpoint of the official class under the file's name, a tiny VAE in place of the Hub's."""
+    monkeypatch.chdir(tmp_path)
+    [command] = [shlex.split(block) for block in blocks("bash") if "convert" in block]
+    golden = load_file(ROOT / "tests" / "data" / "golden_sit.safetensors")
+    state = {key.removeprefix("state."): value for key, value in golden.items() if key.startswith("state.")}
+    torch.save(state, command[command.index("--checkpoint") + 1])
+    make_vae().save_pretrained("vae")
+    main([*command[command.index("convert") :], "--num_heads", "3", "--vae", "vae"])
+    pipe = SiTPipeline.from_pretrained("sit")
+    pipe.scheduler = DSSolverScheduler.from_config(pipe.scheduler.config)
+    assert len(pipe([1, 2], num_inference_steps=5, guidance_channels=3).images) == 2
 
 
 def test_make_targets_and_install_line_exist():

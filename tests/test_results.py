@@ -152,10 +152,17 @@ def test_the_benchmark_runs_and_goes_on(small, capsys, monkeypatch):
 
 
 def test_the_ablation_runs(small, capsys, monkeypatch):
-    names = ("default", "no polish", "nodes: Karras", "gradient without polish")
+    names = ("one start", "no polish", "nodes: Karras", "gradient without polish")
     monkeypatch.setattr(bench_search, "SETTINGS", {name: bench_search.SETTINGS[name] for name in names})
-    bench_search.ablation(small, [0], ["flow"], False)
+    bench_search.ablation(small, [0], ["flow"], False, False)
     assert [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines()[-4:]] == list(names)
+    next(small.glob("ablation-*Karras.json")).unlink()
+    monkeypatch.setattr(bench_search.Watched, "__call__", None)  # nothing is run
+    bench_search.ablation(small, [0], ["flow"], False, True)
+    assert [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines()[-3:]] == [*names[:2], names[3]]
+    assert bench_search.ablation_table({"a": {"x": [0.2, 5e3], "y": [1.0, 0.0]}, "b": {"y": [2.0, 1e3]}}).endswith(
+        "| a | 0.2 (1.00), 5 k | 1 (1.00), 0 k |\n| b | - | 2 (2.00), 1 k |"
+    )
 
 
 @pytest.mark.parametrize("family", ["flow", "vp"])
