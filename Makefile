@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # accelerate gives a process one CPU thread unless told otherwise
 THREADS ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
 
-.PHONY: demo test test-slow test-pipelines lint bench bench-search bench-processes bench-flowdcn clean
+.PHONY: demo test test-slow test-pipelines lint bench bench-search bench-processes bench-flowdcn study clean
 
 # torch is named twice: for the newest torchvision, which clean-fid asks for, pip would replace it by the newest torch
 $(VENV)/.installed: pyproject.toml tests/torchvision_on_cpu.py
@@ -63,6 +63,12 @@ bench-processes: $(VENV)/.installed
 # memory and time of FlowDCN beside DiT, by tokens
 bench-flowdcn: $(VENV)/.installed
 	$(BIN)/python -m tests.bench_flowdcn
+
+# the paper's findings in small: trains what is not there yet (hours), then measures (six core-hours, `STUDY=--plan`
+# counts them); killed, it goes on. STUDY_DATA='--dataset_name parquet ..' reads CIFAR-10 from files
+study: $(VENV)/.installed
+	$(BIN)/python -m tests.study_models --models "$(RUNS)/study/models" $(STUDY_DATA)
+	$(BIN)/python -m tests.bench_study --models "$(RUNS)/study/models" --output "$(RUNS)/study" $(STUDY)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -3,7 +3,8 @@
     python -m dssolver_search.demo.classifier --dataset_name zalando-datasets/fashion_mnist --output_dir OUT
 
 writes the three files of `classifier/`: weights, what was measured, and the statistics of the test images' features,
-which are a reference for `evaluate --extractor dssolver_search.demo.classifier:load`.
+which are a reference for `evaluate --extractor dssolver_search.demo.classifier:load`. With `--num_channels 3` and other
+settings it is the classifier of other images.
 """
 
 from __future__ import annotations
@@ -30,33 +31,40 @@ SIZE = 28
 
 
 class Classifier(nn.Module):
-    """Images (B, 3, H, W) in [0, 1] -> features (B, 64) and logits (B, 10), of their grey values at 28 x 28 pixels."""
+    """Images (B, 3, H, W) in [0, 1] -> features (B, 64) and logits (B, 10), of their grey values at 28 x 28 pixels.
 
-    def __init__(self) -> None:
+    Args:
+        name: that its figures are shown under.
+        channels: 1, or 3 to see colours.
+        size: of the pixels that it sees, both ways.
+    """
+
+    def __init__(self, name: str = NAME, channels: int = 1, size: int = SIZE) -> None:
         super().__init__()
-        self.name = NAME
+        self.name, self.channels, self.size = name, channels, size
         layers: list[nn.Module] = []
-        for channels_in, channels, stride in ((1, 32, 1), (32, 64, 2), (64, 64, 1), (64, 64, 2)):
-            layers += [nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()]
+        for channels_in, channels_out, stride in ((channels, 32, 1), (32, 64, 2), (64, 64, 1), (64, 64, 2)):
+            convolution = nn.Conv2d(channels_in, channels_out, 3, stride, 1, bias=False)
+            layers += [convolution, nn.BatchNorm2d(channels_out), nn.ReLU()]
         self.layers = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.output = nn.Linear(64, 10)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        grey = images.mean(1, keepdim=True)
-        if grey.shape[-2:] != (SIZE, SIZE):
-            grey = F.interpolate(grey, (SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False)
-        features = self.layers(grey)
+        seen, size = images.mean(1, keepdim=True) if self.channels == 1 else images, (self.size, self.size)
+        if seen.shape[-2:] != size:
+            seen = F.interpolate(seen, size, mode="bilinear", antialias=True, align_corners=False)
+        features = self.layers(seen)
         return features, self.output(features)
 
 
 def load(folder: Path = FOLDER) -> Classifier:
-    """The shipped one, in evaluation mode.
+    """The shipped one, or the one that `main` wrote to a folder; in evaluation mode.
 
     Raises:
         ValueError: its weights are not there (they are part of a checkout, not of an installed package) or damaged.
     """
-    tensors, _ = read_tensors(folder / WEIGHTS)
-    model = Classifier()
+    tensors, facts = read_tensors(folder / WEIGHTS)
+    model = Classifier(facts.get("name", NAME), int(facts.get("channels", 1)), int(facts.get("size", SIZE)))
     model.load_state_dict(tensors)
     return model.eval().requires_grad_(False)
 
@@ -64,6 +72,11 @@ def load(folder: Path = FOLDER) -> Classifier:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset_name", required=True, help="Hub id or folder, with the splits `train` and `test`")
+    parser.add_argument("--data_files", default=None, help="of a builder such as `parquet`: training images")
+    parser.add_argument("--test_files", default=None, help="and test images")
+    parser.add_argument("--num_channels", type=int, choices=(1, 3), default=1)
+    parser.add_argument("--resolution", type=int, default=SIZE)
+    parser.add_argument("--name", default=NAME)
     parser.add_argument("--image_column", default="image")
     parser.add_argument("--label_column", default="label")
     parser.add_argument("--output_dir", type=Path, required=True)
@@ -71,12 +84,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--train_batch_size", type=int, default=128)
     parser.add_argument("--learning_rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if (args.data_files is None) != (args.test_files is None):
+        parser.error("--data_files and --test_files belong together; give both or neither")
+    return args
 
 
 def split_of(args: argparse.Namespace, split: str) -> tuple[Tensor, Tensor]:
-    """Images (n, 1, 28, 28) uint8 and labels (n,)."""
-    settings = {**vars(args), "data_files": None, "split": split, "num_channels": 1, "resolution": SIZE}
+    """Images (n, C, H, W) uint8 and labels (n,)."""
+    files = args.data_files if split == "train" else args.test_files
+    settings = {**vars(args), "data_files": files, "split": split if files is None else "train"}
     images, labels, _ = load_images(argparse.Namespace(**settings))
     return images, labels
 
@@ -84,11 +101,11 @@ def split_of(args: argparse.Namespace, split: str) -> tuple[Tensor, Tensor]:
 def train(args: argparse.Namespace, images: Tensor, labels: Tensor) -> Classifier:
     """On images mirrored at random, the learning rate rising and falling once."""
     torch.manual_seed(args.seed)
-    model = Classifier()
+    model = Classifier(args.name, args.num_channels, args.resolution)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.05)
     steps = args.epochs * (len(images) // args.train_batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, steps)
-    with tqdm(total=steps, desc=NAME, mininterval=10) as bar:
+    with tqdm(total=steps, desc=args.name, mininterval=10) as bar:
         for _ in range(args.epochs):
             for batch in torch.randperm(len(images)).split(args.train_batch_size)[: steps // args.epochs]:
                 x = images[batch].float() / 255
@@ -111,16 +128,17 @@ def main(argv: list[str] | None = None) -> None:
     began = time.time()
     model = train(args, images, labels)
     minutes = (time.time() - began) / 60
-    write_tensors(args.output_dir / WEIGHTS, model.state_dict(), {})
+    sees = {"name": args.name, "channels": str(args.num_channels), "size": str(args.resolution)}
+    write_tensors(args.output_dir / WEIGHTS, model.state_dict(), sees)
 
     images, labels = split_of(args, "test")
-    extractor = of_network(model, NAME)
+    extractor = of_network(model, args.name)
     found = [extractor(batch.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()) for batch in images.split(500)]
     features, logits = (torch.cat([part[name] for part in found]) for name in ("features", "logits"))
     reference = Statistics.of(features, f"{args.dataset_name} (test)")
     reference.write(args.output_dir / "reference.safetensors", extractor, torch.float16)
     facts = {
-        "name": NAME,
+        "name": args.name,
         "dataset": args.dataset_name,
         "epochs": args.epochs,
         "train_batch_size": args.train_batch_size,
