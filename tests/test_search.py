@@ -777,12 +777,13 @@ def test_files_and_evaluations_of_a_search(family, results):
         "scheduler_config.json", "search_state.json", "search_state.previous.json", "metrics.jsonl", "cache",
     }  # fmt: skip
     assert len(list((folder / "cache").iterdir())) == 4 + 3
-    # trials: 6 on three samples, the best five again and two more ridges on all four, these seven held out; polish:
-    # where it stands and what every difference moves, three dampings held out, where it ends, both with a first time of
-    # their own; three classical orders; each set of samples has its first call in common; all guided
+    # trials on three samples: three from each of four starts, three more from the best one; on all four samples: the
+    # best of each start, four more of the best one's and two more ridges, seven of these held out; polish: where it
+    # stands and what every difference moves, three dampings held out, where it ends, both with a first time of their
+    # own; three classical orders; each set of samples has its first call in common; all guided
     trials = [r for r in records if "train_mse" in r]
     kept = {r["nfe"]: r for r in records if "kind" in r}
-    assert [r["nfe"] for r in trials] == [3] * 13 + [4] * 13 + [5]
+    assert [r["nfe"] for r in trials] == [3] * 25 + [4] * 25 + [5]
     solvers = json.loads((folder / "scheduler_config.json").read_text())["solvers"]
     # step sizes (n - 1 calls each), corrections, times
     differences = {3: 2 * 2 + 1 + (3 + 2 + 1), 4: 3 * 3 + (2 + 2) + (4 + 3 + 2 + 1)}
@@ -790,7 +791,7 @@ def test_files_and_evaluations_of_a_search(family, results):
     by_nfe = {5: 2 * (first + 4 * 4 + 3 * 4 + 3 * 5 + 3 * 3 * 4)}  # the fit, a derived solver, three classical ones
     for n, moved in differences.items():
         polish_rows = 4 * (n - 1 + moved) + 3 * 3 * n + 4 * n * ("timesteps" in solvers[str(n)])
-        by_nfe[n] = 2 * (3 + first + (n - 1) * (3 * 6 + 4 * 7 + 3 * 7 + 3 * 3) + polish_rows)
+        by_nfe[n] = 2 * (3 + first + (n - 1) * (3 * (4 * 3 + 3) + 4 * (4 + 4 + 2) + 3 * 7 + 3 * 3) + polish_rows)
     assert {n: r["network_evaluations"] for n, r in kept.items()} == by_nfe
     estimate = 2 * 4 * (20 + 40)  # of the teacher's error, by twice its steps on four samples
     teacher = 2 * 20 * (4 + 3) + estimate
