@@ -238,18 +238,19 @@ class ClosedForm:
         best there gets the other half. Its `KEEP` best warps are fitted so, the best of these also with larger ridges,
         and the best on validation samples is returned. One start gets all trials at once."""
         half = trials if len(starts) == 1 else -(-trials // 2)
-        ways = [
-            _Descent(self, nfe, ridge, np.array(start) + np.array([IDENTITY, *(0.8 * np.eye(3))])) for start in starts
+        searches = [
+            _WarpSearch(self, nfe, ridge, np.array(start) + np.array([IDENTITY, *(0.8 * np.eye(3))]))
+            for start in starts
         ]
         firsts = []
-        for way in ways:
-            way.go(half)
-            firsts.append(self.fit(nfe, way.best(1)[0].warp, ridge))
+        for one in searches:
+            one.go(half)
+            firsts.append(self.fit(nfe, one.best(1)[0].warp, ridge))
         taken = min(range(len(starts)), key=lambda k: comparable(firsts[k].train_mse))
-        ways[taken].go(trials - half)
+        searches[taken].go(trials - half)
         finalists = [
             firsts[taken] if c.warp == firsts[taken].warp else self.fit(nfe, c.warp, ridge)
-            for c in ways[taken].best(KEEP)
+            for c in searches[taken].best(KEEP)
         ]
         best = min(finalists, key=lambda c: comparable(c.train_mse))
         finalists += [self.fit(nfe, best.warp, ridge * factor) for factor in RIDGE_FACTORS]
@@ -262,7 +263,7 @@ class ClosedForm:
         return float(total[0] / total[1])
 
 
-class _Descent:
+class _WarpSearch:
     """Nelder-Mead over warps on the trial samples, which can be stopped and gone on with."""
 
     def __init__(self, form: ClosedForm, nfe: int, ridge: float, simplex: np.ndarray) -> None:
@@ -274,12 +275,11 @@ class _Descent:
 
     def go(self, trials: int) -> None:
         """So many more warps."""
-        known = sum(tuple(vertex) in self.seen for vertex in self.simplex.tolist())
-        options = {"maxfev": trials + known, "initial_simplex": self.simplex, "xatol": 1e-2, "fatol": 1e-3}
         if trials:
-            self.simplex = minimize(self._error, self.simplex[0], method="Nelder-Mead", options=options).final_simplex[
-                0
-            ]
+            known = sum(tuple(vertex) in self.seen for vertex in self.simplex.tolist())
+            options = {"maxfev": trials + known, "initial_simplex": self.simplex, "xatol": 1e-2, "fatol": 1e-3}
+            found = minimize(self._error, self.simplex[0], method="Nelder-Mead", options=options)
+            self.simplex = found.final_simplex[0]
 
     def best(self, count: int) -> list[Candidate]:
         return sorted(self.seen.values(), key=lambda c: comparable(c.train_mse))[:count]
