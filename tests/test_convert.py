@@ -88,6 +88,15 @@ def test_outputs_are_the_official_ones(made, kind):
     assert not torch.allclose(golden["out"], golden["out_null"], atol=0.1)
 
 
+def test_diffusers_own_class_is_another_network():
+    """The same weights in it: at t = 999 the rms difference is more than the standard deviation of the outputs."""
+    golden, state = GOLDEN["dit"], convert.weights(STATE["dit"], "it")
+    plain = convert.loaded(DiTTransformer2DModel, convert.architecture(state, "it", HEADS), state, "it")
+    rms = (call(plain, golden["x"], golden["t"], golden["y"]) - golden["out"]).square().flatten(1).mean(1).sqrt()
+    assert golden["t"][0] == 999 and rms[0] > golden["out"].std()
+    assert golden["t"][3] == 0 and rms[3] < 1e-4
+
+
 @pytest.mark.parametrize("kind", ["sit", "dit"])
 def test_official_guidance_is_of_three_channels(made, kind):
     model, golden, (t, sign) = made[kind][0], GOLDEN[kind], in_diffusers(kind)
