@@ -7,6 +7,9 @@ MODEL ?= flow
 BIN := $(VENV)/bin
 # accelerate gives a process one CPU thread unless told otherwise
 THREADS ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
+# of the GNU C library, on a CPU: memory of tensors is kept for the next ones, not given back to the system each time
+export MALLOC_MMAP_THRESHOLD_ ?= 33554432
+export MALLOC_TRIM_THRESHOLD_ ?= 1073741824
 
 .PHONY: demo test test-slow test-pipelines lint bench bench-search bench-processes bench-flowdcn study clean
 

@@ -120,7 +120,7 @@ def searches(study: Study, model: str) -> list[Unit]:
     """The default ones, by seed: at all step counts of finding 1, or on other sizes at those of finding 2."""
     b = study.budget
     nfe = b.nfe if model.split("-")[0] in b.sizes else b.few
-    return [study.search(model, seed, nfe, b.default) for seed in study.seeds]
+    return [study.search(model, seed, nfe, b.lean) for seed in study.seeds]
 
 
 # --- 1: searched and stock --------------------------------------------------------------------------------------------

@@ -1,13 +1,12 @@
 """The models of `make study`: three sizes of one network, flow and vp, and the classifier that scores their images.
 
-    python -m tests.study_models [--models runs/study/models] [--only small-flow classifier] [--max_train_minutes 30]
+    python -m tests.study_models [--models runs/study/models] [--only small-vp classifier] [--max_train_minutes 5 8 15]
     python -m tests.study_models --dataset_name parquet --data_files 'D/*train.parquet' --test_files 'D/*test.parquet'
 
-CIFAR-10 at 16 x 16 pixels, in colour: 16 tokens of 4 x 4. A forward pass of one sample takes 7.2, 40.9 and 151 MFLOP
-(small, medium, large; `FlopCounterMode`), 1 to 6 to 21; on a CPU core, where small matrices are slow, nearer to
-1 to 3 to 8. `dssolver_search.demo.train` and `.classifier` do the work, the models on a device if there is one;
-arguments not known here are the former's. What is finished is left alone, what was killed goes on from its last
-checkpoint; processes with other names after `--only` share the work.
+CIFAR-10 at 16 x 16 pixels, in colour: 16 tokens of 4 x 4. A forward pass of one sample takes 7.2, 23.3 and 54.3 MFLOP
+(small, medium, large; `FlopCounterMode`). `dssolver_search.demo.train` and `.classifier` do the work, the models on a
+device if there is one; arguments not known here are the former's. What is finished is left alone, what was killed goes
+on from its last checkpoint; processes with other names after `--only` share the work.
 """
 
 from __future__ import annotations
@@ -24,8 +23,9 @@ from dssolver_search.demo import classifier as classifiers
 from dssolver_search.demo import train
 
 FAMILIES = ("flow", "vp")
-SIZES = {"small": (64, 4, 4), "medium": (128, 6, 4), "large": (192, 10, 6)}  # width, depth, heads
-MFLOP = {"small": 7.2, "medium": 40.9, "large": 151}
+SIZES = {"small": (64, 4, 4), "medium": (96, 6, 4), "large": (128, 8, 4)}  # width, depth, heads
+MFLOP = {"small": 7.2, "medium": 23.3, "large": 54.3}
+MINUTES = {"small": 5, "medium": 8, "large": 15}  # of training
 RESOLUTION, CHANNELS, PATCH = 16, 3, 4
 CLASSIFIER, NAME = "classifier", "cifar-classifier"
 DEFAULT = Path("runs/study/models")
@@ -65,8 +65,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data_files", help="of a builder such as `parquet`")
     parser.add_argument("--test_files", help="the same, for the classifier's test images")
     parser.add_argument("--image_column", default="img")
-    parser.add_argument("--max_train_minutes", default="30", help="of each model")
+    parser.add_argument("--max_train_minutes", nargs=len(SIZES), help="of the models of each size")
     given, more = parser.parse_known_args(argv)
+    minutes = MINUTES if given.max_train_minutes is None else dict(zip(SIZES, given.max_train_minutes, strict=True))
     if (given.data_files is None) != (given.test_files is None):
         parser.error("--data_files and --test_files belong together; give both or neither")
     data = ["--dataset_name", given.dataset_name, "--image_column", given.image_column]
@@ -80,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
             continue
         size, family = name.split("-")
         shape = zip(("--width", "--depth", "--num_heads"), map(str, SIZES[size]), strict=True)
-        limits = ["--max_train_minutes", given.max_train_minutes, "--max_train_steps", "1000000"]  # by the clock
+        limits = ["--max_train_minutes", f"{minutes[size]}", "--max_train_steps", "1000000", "--train_batch_size", "64"]
         network = ["--path", family, "--patch_size", f"{PATCH}", *(word for pair in shape for word in pair)]
         train.main([*data, *output, *network, *limits, "--resume_from_checkpoint", "latest", *more])
 

@@ -47,7 +47,7 @@ Guidance = float | tuple[float, ...]  # several: samples take them in turn
 
 @dataclass(frozen=True)
 class Budget:
-    """Sizes of everything, chosen for six hours of one core (`--plan`).
+    """Sizes of everything, chosen for three hours of one core (`--plan`).
 
     Attributes:
         nfe, sizes: step counts and models of finding 1; the medium size is left to finding 2.
@@ -58,8 +58,8 @@ class Budget:
             of a vp path its weights blow up.
         test_samples, reference_steps: of errors; no search has seen the samples.
         images, subsets: of a distance; 15 times as many as the features.
-        default: of the searches of findings 1, 2 and 6: as shipped, but 15 calls without polish.
-        lean: of those of findings 3, 5 and 7: one start of the warp in place of four, one iteration of the polish.
+        lean: of all searches but those of finding 4: one start of the warp in place of four, one iteration of the
+            polish, which 15 calls go without.
         teachers, orders: finding 3.
         samples, samples_nfe, sampled: finding 4; rows alone, without polish, the warp from at most 64 samples, teachers
             of 50 steps.
@@ -80,8 +80,7 @@ class Budget:
     reference_steps: int = 400
     images: int = 1000
     subsets: int = 50
-    default: dict[str, Any] = field(default_factory=lambda: {"polish_nfe": 10})
-    lean: dict[str, Any] = field(default_factory=lambda: {"starts": 1, "polish": 1})
+    lean: dict[str, Any] = field(default_factory=lambda: {"starts": 1, "polish": 1, "polish_nfe": 10})
     teachers: tuple[int, ...] = (25, 50, 100, 200)
     orders: tuple[int, ...] = (1, 2, 3)
     samples: tuple[int, ...] = (32, 128, 512, 2048, 4096)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import bench_guidance
 import bench_search
+import bench_steps
 import pytest
 from test_search import make_pipe
 
@@ -75,6 +76,30 @@ def test_the_ablation_is_the_measured_one():
 def test_guidance_is_the_measured_one():
     record = json.loads((SEARCH / "demo" / "guidance.json").read_text(encoding="utf-8"))
     assert block("guidance") == bench_guidance.table(record) and set(record) == set(bench_search.FAMILIES)
+
+
+def test_every_step_count_is_the_measured_one():
+    record = json.loads(bench_steps.FILE.read_text(encoding="utf-8"))
+    assert block("steps") == bench_steps.steps_table(record) and set(record) == set(bench_search.FAMILIES)
+    assert all(list(steps) == [str(n) for n in range(3, 21)] for steps in record.values())
+
+
+def test_steps_by_hand(tmp_path, capsys):
+    """The best of diffusers is the one with the least error, ours set aside; step counts rise."""
+    names = ("default", "all-steps", "deis", "unipc", "euler")
+    errors = {10: (0.25, 0.125, 3, 0.5, 0.75), 3: (1, 8, 2, 4, 6)}
+    results = [
+        {"scheduler": name, "spacing": f"{name}'s", "nfe": nfe, "mse": mse}
+        for nfe, row in errors.items()
+        for name, mse in zip(names, row, strict=True)
+    ]
+    for family in bench_search.FAMILIES:
+        (tmp_path / family / "compare").mkdir(parents=True)
+        (tmp_path / family / "compare" / "comparison.json").write_text(json.dumps({"results": results}))
+    bench_steps.main(["--folder", str(tmp_path)])
+    ours = {3: "2 deis (deis's) | 1 (0.50) | 8 (4.00)", 10: "0.5 unipc (unipc's) | 0.25 (0.50) | 0.125 (0.25)"}
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert rows == [f"| {nfe} | {cells} | {cells} |" for nfe, cells in ours.items()]
 
 
 def test_summary_and_table_by_hand():
