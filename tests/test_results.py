@@ -176,6 +176,16 @@ def test_the_benchmark_runs_and_goes_on(small, capsys, monkeypatch):
     assert bench_search.table(first["rows"]) in capsys.readouterr().out
 
 
+def test_a_gradient_begins_with_the_closed_form(small):
+    """So that one run measures both."""
+    test = bench_search.Test("flow", small)
+    runs = {m: bench_search.searched("flow", test, small / m, (3, 4), method=m) for m in ("closed_form", "gradient")}
+    ours, before = runs["closed_form"], bench_search.before_gradient(runs["gradient"])
+    points = [[{**p, "seconds": 0} for p in run["points"]] for run in (ours, before)]
+    assert points[0] == points[1] and before["teacher"] == ours["teacher"]
+    assert {p["stage"] for p in runs["gradient"]["points"]} == {"closed_form", "polish", "gradient"}
+
+
 def test_the_ablation_runs(small, capsys, monkeypatch):
     names = ("one start", "no polish", "nodes: Karras", "gradient without polish")
     monkeypatch.setattr(bench_search, "SETTINGS", {name: bench_search.SETTINGS[name] for name in names})
