@@ -1,6 +1,6 @@
 """The models of `make study`: three sizes of one network, flow and vp, and the classifier that scores their images.
 
-    python -m tests.study_models [--models runs/study/models] [--only small-vp classifier] [--max_train_minutes 5 8 15]
+    python -m tests.study_models [--models runs/study/models] [--only small-vp classifier] [--max_train_minutes 4 5 8]
     python -m tests.study_models --dataset_name parquet --data_files 'D/*train.parquet' --test_files 'D/*test.parquet'
 
 CIFAR-10 at 16 x 16 pixels, in colour: 16 tokens of 4 x 4. A forward pass of one sample takes 7.2, 23.3 and 54.3 MFLOP
@@ -25,7 +25,7 @@ from dssolver_search.demo import train
 FAMILIES = ("flow", "vp")
 SIZES = {"small": (64, 4, 4), "medium": (96, 6, 4), "large": (128, 8, 4)}  # width, depth, heads
 MFLOP = {"small": 7.2, "medium": 23.3, "large": 54.3}
-MINUTES = {"small": 5, "medium": 8, "large": 15}  # of training
+MINUTES = {"small": 4, "medium": 5, "large": 8}  # of training
 RESOLUTION, CHANNELS, PATCH = 16, 3, 4
 CLASSIFIER, NAME = "classifier", "cifar-classifier"
 DEFAULT = Path("runs/study/models")

@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import cost_model
 import study_models
 
-RATES = {"small": 2000, "medium": 700, "large": 250}  # guided calls of one sample a second on one core, roughly
+RATES = {"small": 2700, "medium": 1100, "large": 570}  # guided calls of one sample a second on one core, roughly
 REFERENCE, CLASSICAL, ADAMS = "reference", "classical", "adams-"
 SCHEDULES = {"Stable Diffusion": STABLE_DIFFUSION}  # the paper's example of betas that a solver is not for
 Guidance = float | tuple[float, ...]  # several: samples take them in turn
@@ -47,19 +47,19 @@ Guidance = float | tuple[float, ...]  # several: samples take them in turn
 
 @dataclass(frozen=True)
 class Budget:
-    """Sizes of everything, chosen for three hours of one core (`--plan`).
+    """Sizes of everything, chosen for two hours of one core (`--plan`).
 
     Attributes:
-        nfe, sizes: step counts and models of finding 1; the medium size is left to finding 2.
+        nfe, sizes: step counts and models of finding 1; the other sizes are left to finding 2.
         few: step counts of findings 2, 3, 6 and 7, and of all distances.
-        small: the model of findings 3 to 7, which would cost six to eight times as much on the large one.
+        small: the model of findings 3 to 7, which would cost five times as much on the large one.
         guidance: of everything but finding 5.
         stock, adams: what finding 1 compares with; Adams of these orders on flow models only, since in the coordinate
             of a vp path its weights blow up.
         test_samples, reference_steps: of errors; no search has seen the samples.
         images, subsets: of a distance; 15 times as many as the features.
-        lean: of all searches but those of finding 4: one start of the warp in place of four, one iteration of the
-            polish, which 15 calls go without.
+        lean: of all searches but those of finding 4: one start of the warp with 20 trials in place of four with 40, one
+            iteration of the polish in place of two, none at 15 calls.
         teachers, orders: finding 3.
         samples, samples_nfe, sampled: finding 4; rows alone, without polish, the warp from at most 64 samples, teachers
             of 50 steps.
@@ -70,7 +70,7 @@ class Budget:
     """
 
     nfe: tuple[int, ...] = (5, 6, 7, 8, 9, 10, 15)
-    sizes: tuple[str, ...] = ("small", "large")
+    sizes: tuple[str, ...] = ("small",)
     few: tuple[int, ...] = (5, 8)
     small: str = "small"
     guidance: float = 1.5
@@ -80,13 +80,19 @@ class Budget:
     reference_steps: int = 400
     images: int = 1000
     subsets: int = 50
-    lean: dict[str, Any] = field(default_factory=lambda: {"starts": 1, "polish": 1, "polish_nfe": 10})
+    lean: dict[str, Any] = field(default_factory=lambda: {"starts": 1, "trials": 20, "polish": 1, "polish_nfe": 10})
     teachers: tuple[int, ...] = (25, 50, 100, 200)
     orders: tuple[int, ...] = (1, 2, 3)
     samples: tuple[int, ...] = (32, 128, 512, 2048, 4096)
     samples_nfe: int = 8
     sampled: dict[str, Any] = field(
-        default_factory=lambda: {"starts": 1, "polish": 0, "num_trial_samples": 64, "teacher_steps": 50}
+        default_factory=lambda: {
+            "starts": 1,
+            "trials": 20,
+            "polish": 0,
+            "num_trial_samples": 64,
+            "teacher_steps": 50,
+        }
     )
     scales: tuple[float, ...] = (1.0, 1.5, 3.0, 5.0)
     scales_nfe: int = 5

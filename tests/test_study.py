@@ -41,7 +41,7 @@ TINY = {
 SEARCH = {**TINY, "teacher_steps": 12, "reference_steps": 6}
 BUDGET = Budget(
     nfe=(2, 3), few=(2, 3), stock=("unipc", "heun"), adams=(2,), test_samples=3, reference_steps=24, images=8,
-    subsets=2, lean=SEARCH, teachers=(6, 12), orders=(1, 2), samples=(2, 4), samples_nfe=2,
+    sizes=("small", "large"), subsets=2, lean=SEARCH, teachers=(6, 12), orders=(1, 2), samples=(2, 4), samples_nfe=2,
     sampled={**SEARCH, "polish": 0, "num_trial_samples": 2}, scales=(1.0, 3.0), scales_nfe=2, generated=4, descent=1,
 )  # fmt: skip
 
