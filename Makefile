@@ -67,7 +67,7 @@ bench-processes: $(VENV)/.installed
 bench-flowdcn: $(VENV)/.installed
 	$(BIN)/python -m tests.bench_flowdcn
 
-# the paper's findings in small: trains what is not there yet (40 minutes), then measures (two core-hours, `STUDY=--plan`
+# the paper's findings in small: trains what is not there yet (40 minutes), then measures (three core-hours, `STUDY=--plan`
 # counts them); killed, it goes on. STUDY_DATA='--dataset_name parquet ..' reads CIFAR-10 from files
 study: $(VENV)/.installed
 	$(BIN)/python -m tests.study_models --models "$(RUNS)/study/models" $(STUDY_DATA)

@@ -26,7 +26,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import FixedLocator, LogFormatterSciNotation, NullLocator
 
 from dssolver_search.plots import COLOURS, MARKERS, WIDTH, rendered
 from dssolver_search.state import replacing, write_text
@@ -39,6 +39,7 @@ from study_findings import ALL, FINDINGS, SEARCHED, Found, Record, block, mean, 
 from study_units import Budget, Study
 
 FILE, MODELS = "study.json", "models"
+LEGEND = 7  # most labels that stand side by side
 Line = list[tuple[float, list[float]]]  # x, values of the seeds
 Panels = dict[str, dict[str, Line]]  # by title, by label
 
@@ -106,6 +107,7 @@ def curves(panels: Panels, xlabel: str, logarithmic: bool, dark: bool = False) -
             least, most = ([end(values) for _, values in points] for end in (min, max))
             axis.fill_between(x, least, most, color=ink, alpha=0.15, linewidth=0)
         axis.set_yscale("log")
+        axis.yaxis.set_minor_formatter(LogFormatterSciNotation(minor_thresholds=(1.2, 0.7)))
         axis.set_xscale("log" if logarithmic else "linear")
         ticks = sorted({x for points in lines.values() for x, _ in points})
         axis.xaxis.set_major_locator(FixedLocator(ticks))
@@ -117,7 +119,8 @@ def curves(panels: Panels, xlabel: str, logarithmic: bool, dark: bool = False) -
         axis.set_axis_off()
     shown = {t: h for axis in axes for h, t in zip(*axis.get_legend_handles_labels(), strict=True)}
     if len(labels) > 1:
-        figure.legend(shown.values(), shown.keys(), loc="outside upper center", ncols=min(len(shown), 8), frameon=False)
+        columns = math.ceil(len(shown) / math.ceil(len(shown) / LEGEND))
+        figure.legend(shown.values(), shown.keys(), loc="outside upper center", ncols=columns, frameon=False)
     return figure
 
 

@@ -47,7 +47,7 @@ Guidance = float | tuple[float, ...]  # several: samples take them in turn
 
 @dataclass(frozen=True)
 class Budget:
-    """Sizes of everything, chosen for two hours of one core (`--plan`).
+    """Sizes of everything, chosen for three hours of one core (`--plan`).
 
     Attributes:
         nfe, sizes: step counts and models of finding 1; the other sizes are left to finding 2.
@@ -70,7 +70,7 @@ class Budget:
     """
 
     nfe: tuple[int, ...] = (5, 6, 7, 8, 9, 10, 15)
-    sizes: tuple[str, ...] = ("small",)
+    sizes: tuple[str, ...] = ("small", "medium", "large")
     few: tuple[int, ...] = (5, 8)
     small: str = "small"
     guidance: float = 1.5
