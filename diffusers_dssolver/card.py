@@ -21,7 +21,7 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
 from . import pipelines
 from .config import is_flow
-from .figures import METRICS, metric_name
+from .figures import METRICS, metric_name, told_end
 from .published import cards_folder
 
 if TYPE_CHECKING:
@@ -259,8 +259,9 @@ def _comparison_facts(comparison: Mapping[str, Any]) -> str:
     if not comparison:
         return ""
     settings, reference = comparison["settings"], comparison["reference"]
+    end = told_end(reference.get("end"))
     return (
-        f"Final-state mse against {reference['steps']} steps (the mse between these and half as many: "
+        f"Final-state mse against {reference['steps']} steps{end} (the mse between these and half as many: "
         f"{reference['mse_against_half_the_steps']:.1g}), {settings['num_samples']} test samples that no search has "
         f"seen, seed {settings['seed']}, {_versions(comparison)}"
     )
@@ -344,7 +345,7 @@ def _search_settings(facts: Mapping[str, Any]) -> dict[str, Any]:
         "nfe": sorted(int(n) for n, r in results.items() if r.get("kind") == "searched"),
         "method": facts.get("method"), "dtype": facts.get("dtype"), "seed": facts.get("seed"),
         "teacher_steps": teacher.get("steps"), "teacher_order": teacher.get("order"),
-        "teacher_scheduler": teacher.get("scheduler"), train: samples.get("train"),
+        "teacher_scheduler": teacher.get("scheduler"), "teacher_end": teacher.get("end"), train: samples.get("train"),
         "num_validation_samples": samples.get("validation"),
     }  # fmt: skip
 
@@ -365,6 +366,7 @@ def _command(name: str, settings: Mapping[str, Any]) -> str:
 
 
 def _mse_results(comparison: Mapping[str, Any], name: str, task: str | None) -> Iterator[EvalResult]:
+    reference = _mapping(comparison.get("reference"))
     for r in (r for r in comparison.get("results", []) if r["scheduler"] == name):
         settings = comparison["settings"]
         model, seed, n = settings["pretrained_model_name_or_path"], settings["seed"], settings["num_samples"]
@@ -373,7 +375,7 @@ def _mse_results(comparison: Mapping[str, Any], name: str, task: str | None) -> 
             metric_type="mse", metric_name="final-state mse", metric_value=r["mse"],
             metric_args={
                 "nfe": r["nfe"], "guidance": _call(settings).get("guidance_scale"), "n": n,
-                "reference_steps": comparison["reference"]["steps"],
+                **{f"reference_{key}": reference[key] for key in ("steps", "end") if key in reference},
             },
         )  # fmt: skip
 

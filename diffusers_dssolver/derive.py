@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TypeVar
 
@@ -126,11 +126,14 @@ def classical(nodes: Sequence[float], path: Path, order: int = 2, stretched: boo
     if isinstance(path, FlowPath):
         spec = SolverSpec.adams_bashforth(nodes, order)
         n = spec.nfe
-        if stretched and n > 1 and nodes[-2] > 2 * (nodes[-3] - nodes[-2]):
-            return SolverSpec(spec.nodes, (*spec.coefficients[:-1], (0.0,) * (n - 1) + (1.0,)))
-        return spec
+        return first_order_end(spec) if stretched and n > 1 and nodes[-2] > 2 * (nodes[-3] - nodes[-2]) else spec
     lambdas = path.lambdas(torch.tensor(nodes, dtype=torch.float64)).tolist()
     return SolverSpec.dpm_solver_pp(nodes, lambdas, order)
+
+
+def first_order_end(spec: SolverSpec) -> SolverSpec:
+    """The same with a last step of Euler or DDIM: it ends in the data that the network predicts at the last node."""
+    return replace(spec, coefficients=(*spec.coefficients[:-1], (0.0,) * (spec.nfe - 1) + (1.0,)))
 
 
 def from_neighbours(

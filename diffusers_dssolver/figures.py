@@ -1,6 +1,8 @@
-"""How figures of images are called wherever they are shown. Standard library only."""
+"""How figures, and what they are measured against, are called wherever they are shown. Standard library only."""
 
 from __future__ import annotations
+
+from typing import Any
 
 METRICS = {
     "frechet_distance": "Frechet distance", "kernel_distance": "Kernel distance", "inception_score": "Inception score",
@@ -14,3 +16,8 @@ def metric_name(metric: str, network: str) -> str:
     if network == "inception":
         return INCEPTION_METRICS.get(metric, METRICS[metric])
     return f"{METRICS[metric]} ({network})"
+
+
+def told_end(end: Any) -> str:
+    """After a reference's steps: where its last one begins, if it ends early. From a file `end` may be anything."""
+    return f", the last from {end:g} to the data" if end and isinstance(end, (int, float)) else ""

@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from diffusers_dssolver import DSSolverScheduler
+from diffusers_dssolver.figures import told_end
 
 from .baselines import Run, family, runs
 from .config import CompareConfig
@@ -33,6 +34,7 @@ from .perceptual import distance, load_feature_network
 from .plots import comparison_picture, error_curves, strip
 from .sampling import Sampler, load_pipeline, one_line, prompts_of
 from .state import Kept, kept, remove_partial_files, say, write_text
+from .teacher import model_itself
 
 SPLIT = "test"  # of all noise: no search draws from it
 RESAMPLES = 1000  # of the bootstrap
@@ -93,6 +95,7 @@ class Comparison:
         self.model_config = pipe.scheduler.config
         self.sampler = Sampler(pipe, config.call_arguments, prompts_of(config), config.seed)
         # every artefact is loaded, and its noise schedule checked, before anything is run
+        self.itself = model_itself(self.model_config, config.reference_end)
         self.ours = {_name(source): self._ours(source) for source in config.solver}
         self.stock = family(self.model_config, config.schedulers)
         self.features = load_feature_network(config.feature_network, device) if config.feature_network else None
@@ -111,6 +114,10 @@ class Comparison:
         told = call.get("guidance_scale", guidance) if isinstance(call, dict) else guidance
         if told != guidance and self.accelerator.is_main_process:
             say(f"{source} was searched at guidance scale {told}, this run is at {guidance}")
+        teacher = provenance.get("teacher") if isinstance(provenance, dict) else None
+        end = teacher.get("end", 0.0) if isinstance(teacher, dict) else self.config.reference_end
+        if end != self.config.reference_end and self.accelerator.is_main_process:
+            say(f"{source} was searched with teacher_end {end}, this reference_end is {self.config.reference_end}")
         return scheduler
 
     # --- what runs -------------------------------------------------------------------------------------------------
@@ -176,13 +183,18 @@ class Comparison:
         return kept(file, make)
 
     def _reference(self, steps: int, batch: range) -> Kept:
-        """Final states and images of many classical steps."""
+        """Final states and images of the model itself."""
 
         def make() -> Kept:
-            made = self.sample(DSSolverScheduler.from_config(self.model_config, solvers="classical"), steps, batch)
+            made = self.sample(self.itself, steps, batch)
             return {"final": made.final, "images": made.images}, {"evaluations": repr(made.evaluations)}
 
-        return self._kept(["reference", steps, list(batch)], make)
+        return self._kept([*self._reference_facts(steps), list(batch)], make)
+
+    def _reference_facts(self, steps: int) -> list[Any]:
+        """What a reference of so many steps depends on beside `key`."""
+        end = self.config.reference_end
+        return ["reference", steps, *([end] if end else [])]
 
     def _errors(self, run: Run, batch: range) -> Kept:
         """How far each sample of a run is from the reference, and its first images."""
@@ -212,7 +224,8 @@ class Comparison:
 
         digest = self.features.digest if self.features else None
         how = [type(run.scheduler).__name__, dict(run.scheduler.config), run.steps, run.call]
-        return self._kept([how, self.config.reference_steps, self.config.num_pictures, digest, list(batch)], make)
+        against = self._reference_facts(self.config.reference_steps)[1:]
+        return self._kept([how, *against, self.config.num_pictures, digest, list(batch)], make)
 
     # --- the whole -------------------------------------------------------------------------------------------------
 
@@ -305,7 +318,11 @@ def _write(
     print(table(results, config, uncertainty))
     record = {
         "settings": asdict(config),
-        "reference": {"steps": config.reference_steps, "mse_against_half_the_steps": uncertainty},
+        "reference": {
+            "steps": config.reference_steps,
+            "mse_against_half_the_steps": uncertainty,
+            **({"end": config.reference_end} if config.reference_end else {}),
+        },
         "versions": {"diffusers": diffusers.__version__, "torch": torch.__version__},
         "results": [_plain(result) for result in results],
     }
@@ -372,7 +389,8 @@ def table(results: Sequence[Result], config: CompareConfig, uncertainty: float) 
     return "\n".join(
         [
             "",
-            f"final-state mse against {config.reference_steps} steps, {config.num_samples} test samples",
+            f"final-state mse against {config.reference_steps} steps{told_end(config.reference_end)}, "
+            f"{config.num_samples} test samples",
             "",
             *aligned(rows, 1),
             "",

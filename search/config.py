@@ -30,6 +30,7 @@ GROUPS = ("nodes", "coefficients", "times")
 DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
 CHECKPOINTS = ("sit", "dit", "flowdcn")  # of whose code `convert` reads
 FEWEST_IMAGES = 10  # of which half have four nearest neighbours each
+LATEST_END = 0.5  # of a reference: what goes to the data in one step from there has no details
 T = TypeVar("T")
 
 
@@ -107,6 +108,10 @@ class SearchConfig(ModelConfig):
         "a scheduler class of diffusers such as UniPCMultistepScheduler",
         default="",
     )
+    teacher_end: float = option(
+        "time, from 1 (noise) to 0 (data), from which the reference goes to the data in one step; 0: it does not",
+        default=0.0,
+    )
     # The mse of a solver against the reference is wrong by the reference's own error, which must stay far below it.
     # Over the variance, 20 steps of UniPC leave 1e-3 on the embedded models and searched solvers of 10 calls 4e-4 to
     # 1e-3; a searched one of 20 calls may leave a tenth of that, which is still ten times this.
@@ -182,6 +187,12 @@ class SearchConfig(ModelConfig):
         steps = self.teacher_steps == 0 or max(self.nfe) < self.teacher_steps <= MAX_NFE
         _require(self, "teacher_steps", steps, f"more than the largest NFE, at most {MAX_NFE}, or 0 to have it chosen")
         _require(self, "teacher_tolerance", self.teacher_tolerance > 0, "above 0")
+        _require_end(self, "teacher_end", self.teacher_end)
+        if self.teacher_end and (self.method == "paper" or self.teacher_scheduler not in ("", "euler")):
+            other = "method paper has" if self.method == "paper" else f"{self.teacher_scheduler} has"
+            raise ValueError(
+                f"teacher_end is {self.teacher_end:g}, but {other} an end of its own; leave one of them out"
+            )
         for name in (
             "num_train_samples",
             "num_trial_samples",
@@ -206,6 +217,7 @@ class CompareConfig(ModelConfig):
     )
     num_samples: int = option("test samples, none of them seen by a search", default=64)
     reference_steps: int = option("steps of the converged reference", default=400)
+    reference_end: float = option("where the last of them begins, as teacher_end of a search", default=0.0)
     num_pictures: int = option("samples per cell of the picture", default=6)
     feature_network: str | None = option(
         "also compares images in its features: a vision model of transformers, Hub id or folder, or "
@@ -217,6 +229,7 @@ class CompareConfig(ModelConfig):
         super().__post_init__()
         for name in ("num_samples", "reference_steps", "num_pictures"):
             _require(self, name, getattr(self, name) >= 1, "1 or more")
+        _require_end(self, "reference_end", self.reference_end)
 
 
 @dataclass(frozen=True)
@@ -347,6 +360,10 @@ class EvaluateConfig(ModelConfig):
         "folder that compare wrote: each of these in its best spacing there; none: in its first", default=None
     )
     reference_steps: int = option("steps of a run that stands for the model itself; 0: none", default=0)
+    reference_ends: list[float] = option(
+        "where the last of its steps begins, as teacher_end of a search; several: a run for each",
+        default_factory=lambda: [0.0],
+    )
     num_images: int = option("of every scheduler at every NFE", default=10_000)
     reference: str = option(
         "real images: folder, data set (Hub id or file, streamed), or their statistics (safetensors; clean-fid's npz)",
@@ -371,6 +388,8 @@ class EvaluateConfig(ModelConfig):
         for name in ("num_images", "num_reference_images"):
             _require(self, name, getattr(self, name) >= FEWEST_IMAGES, f"{FEWEST_IMAGES} or more")
         _require(self, "reference_steps", 0 <= self.reference_steps <= MAX_NFE, f"from 0 to {MAX_NFE}")
+        for end in self.reference_ends:
+            _require_end(self, "reference_ends", end)
         _require(self, "subsets", self.subsets == 0 or self.subsets >= 2, "0, or 2 or more")
 
 
@@ -441,6 +460,10 @@ def _checked(key: str, value: Any, hint: Any) -> Any:
 def _kinds(hint: Any) -> tuple[type, ...]:
     parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     return tuple(typing.get_origin(p) or p for p in parts)
+
+
+def _require_end(config: ModelConfig, name: str, end: float) -> None:
+    _require(config, name, 0 <= end <= LATEST_END, f"from 0 to {LATEST_END}")
 
 
 def _require(config: ModelConfig, name: str, fine: bool, accepted: str) -> None:

@@ -19,13 +19,14 @@ import diffusers
 import torch
 from torch import Tensor
 
-from diffusers_dssolver import DSSolverScheduler
+from diffusers_dssolver.figures import told_end
 
 from .baselines import Run
 from .compare import Comparison, as_uint8
 from .config import CompareConfig, EvaluateConfig, ModelConfig
 from .sampling import one_line
 from .state import Kept, kept, say
+from .teacher import model_itself
 
 SPLIT = "evaluate"  # its noise is that of no search and no comparison
 REFERENCE = "reference"  # how a run of many steps is called
@@ -53,11 +54,11 @@ class Generation:
         self.sampler, self.config, self.folder = self._comparison.sampler, config, folder
         best = best_spacings(config.comparison)
         self.runs = [run for nfe in config.nfe for run in self._chosen(nfe, best, talks)]
-        if steps := config.reference_steps:
-            self.runs.append(Run(REFERENCE, steps, "", self._classical(), steps, False, "DSSolverScheduler, classical"))
-
-    def _classical(self) -> DSSolverScheduler:
-        return DSSolverScheduler.from_config(self._comparison.model_config, solvers="classical")
+        steps, told = config.reference_steps, "DSSolverScheduler, classical"
+        for end in dict.fromkeys(config.reference_ends) if steps else ():
+            itself = model_itself(self._comparison.model_config, end)
+            name = f"{REFERENCE}, from {end:g}" if end else REFERENCE
+            self.runs.append(Run(name, steps, "", itself, steps, False, told + told_end(end)))
 
     def _chosen(self, nfe: int, best: dict[tuple[str, int], str], talks: bool) -> Iterator[Run]:
         """The searched solvers, and each stock scheduler in one spacing."""
@@ -120,7 +121,7 @@ class Generation:
         """Evaluations of one image in one network call, two where guidance doubles it: from a run of two steps, which
         is the warm-up as well."""
         before, indices = self.sampler.network_evaluations, self.shards[0]
-        with self.sampler.using(self._classical()):
+        with self.sampler.using(model_itself(self._comparison.model_config)):
             self.sampler(indices, SPLIT, 2)
         return (self.sampler.network_evaluations - before) / len(indices) / 2
 

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from diffusers_dssolver import DSSolverScheduler
-from diffusers_dssolver.derive import classical, from_neighbours
+from diffusers_dssolver.derive import classical, first_order_end, from_neighbours
 from diffusers_dssolver.paths import FlowPath, Path
 from diffusers_dssolver.solver import SolverSpec
 from diffusers_dssolver.step import Scalar, step
@@ -57,7 +57,7 @@ class ProbeScheduler(DSSolverScheduler):
     checkpointed = True
     states: Sequence[Tensor] = ()
     output: Any = None
-    _twin = _decode = _exact = False
+    _twin = _decode = _exact = _ended = False
     _final: Tensor | None = None
     _carried: Tensor | None = None
 
@@ -73,6 +73,7 @@ class ProbeScheduler(DSSolverScheduler):
         decode: bool = False,
         final: Tensor | None = None,
         exact: bool = False,
+        ended: bool = False,
     ) -> None:
         """What the next run shall do.
 
@@ -90,9 +91,10 @@ class ProbeScheduler(DSSolverScheduler):
             final: (B, ...) what the last step gives in place of its own result.
             exact: states are carried on in float32 where the pipeline's are coarser: it is given them rounded, so that
                 the networks see what they see, but the roundings of many steps do not add up.
+            ended: the classical row of the last step is of first order.
         """
         self._plan = (nodes, rows, order, offsets)
-        self._exact = exact
+        self._exact, self._ended = exact, ended
         self._until, self._watch = until, watch
         self._decode, self._final = decode, final
         numbers = (nodes, offsets, *(w for row in rows or () for w in row))
@@ -167,7 +169,8 @@ class ProbeScheduler(DSSolverScheduler):
         self.nodes = nodes = self.final_nodes(raw)
         rows = list(rows or ())
         if len(rows) < steps:
-            rows += classical(nodes.detach().tolist(), self._path, order).coefficients[len(rows) :]
+            spec = classical(nodes.detach().tolist(), self._path, order)
+            rows += (first_order_end(spec) if self._ended else spec).coefficients[len(rows) :]
         fed = nodes[:-1] if offsets is None else (nodes[:-1] + offsets).clamp(0, 1)
         self._install_tensors(nodes, self._path.timestep(fed), rows, device)
         self._needed = [i + 1 for i in range(len(raw) - 1)] if self._watch else self._needed

@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image, UnidentifiedImageError
 
 from diffusers_dssolver import card
-from diffusers_dssolver.figures import METRICS, metric_name
+from diffusers_dssolver.figures import METRICS, metric_name, told_end
 
 from .config import ReportConfig
 from .plots import Drawing, drawings, load_artefact, positive, read_results, rendered
@@ -75,9 +75,10 @@ def page(config: ReportConfig) -> str:
 def _measured(comparison: Mapping[str, Any]) -> str:
     settings, reference = comparison["settings"], comparison["reference"]
     samples, model = _text(settings.get("num_samples")), _text(settings.get("pretrained_model_name_or_path"))
-    steps, error = _text(reference.get("steps")), _text(reference.get("mse_against_half_the_steps"), 2)
+    steps = _text(reference.get("steps")) + " steps" + told_end(reference.get("end"))
+    error = _text(reference.get("mse_against_half_the_steps"), 2)
     return (
-        f"On {samples} test samples of {model} that no search has seen, against a reference of {steps} steps; the mse "
+        f"On {samples} test samples of {model} that no search has seen, against a reference of {steps}; the mse "
         f"between it and one of half as many is {error}. In small print the node spacing, the network calls where they "
         "are not as many as asked for, and 95 % intervals. The lowest of each column is underlined."
     )
@@ -254,8 +255,8 @@ def _text(value: Any, digits: int = 6) -> str:
 
 def _pictures(folder: Path, comparison: Mapping[str, Any]) -> dict[str, Any]:
     """Strips of samples by NFE and scheduler, or else the comparison's one picture, or else none."""
-    steps = _text(comparison["reference"].get("steps"))
-    found: dict[str, Any] = {"panels": [], "reference": None, "whole": None, "reference_note": f"{steps} steps"}
+    steps = _text(comparison["reference"].get("steps")) + " steps" + told_end(comparison["reference"].get("end"))
+    found: dict[str, Any] = {"panels": [], "reference": None, "whole": None, "reference_note": steps}
     for nfe in _counts(comparison):
         rows = [
             {

@@ -134,8 +134,9 @@ class Search:
             pipe.scheduler.config, solvers="classical", strict=False, history_length=None
         )
         self.teacher = Teacher.named(
-            config.teacher_scheduler, config.teacher_steps, config.teacher_order, self.sampler, self.probe
-        )
+            config.teacher_scheduler, config.teacher_steps, config.teacher_order, self.sampler, self.probe,
+            config.teacher_end,
+        )  # fmt: skip
         self.descending = config.search_over
         self.perceptual = self._perceptual()
         self.splits = {"train": config.num_train_samples, "validation": config.num_validation_samples}
@@ -570,6 +571,7 @@ class Search:
         found = reference(
             self.sampler, self.probe, share, split, self.teacher.steps, self.teacher.order, config.batch_size,
             cache=self.folder / "cache", progress=self.accelerator.is_main_process, scheduler=self.teacher.scheduler,
+            end=self.teacher.end,
         )  # fmt: skip
         self.sampler.network_evaluations = before + found.network_evaluations  # those of an earlier, killed run too
         return share, found

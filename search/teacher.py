@@ -1,6 +1,10 @@
 """Reference trajectories: many steps of a high-order classical solver with the run's own guidance, made once, kept on
 disk, and read off at any node. One reference serves every NFE and every method. How far it is from converged is
 estimated by twice the steps on samples of its own.
+
+A reference may end early: from a time `end` on, in one step of first order, at the data that the network predicts
+there. What the network is taught worst, if anything, is the last and least noise; and schedules with a `shift_terminal`
+(LTX, Qwen-Image) end so by themselves.
 """
 
 from __future__ import annotations
@@ -8,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +22,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from diffusers_dssolver.solver import MAX_NFE
+from diffusers_dssolver import DSSolverScheduler
+from diffusers_dssolver.derive import first_order_end
+from diffusers_dssolver.figures import told_end
+from diffusers_dssolver.solver import MAX_NFE, SolverSpec
 
 from .probe import ProbeScheduler, run
 from .sampling import Sampler
@@ -28,6 +35,7 @@ from .stock import record, takes, teacher_scheduler
 Sample = tuple[Tensor, Tensor, float]  # angles (L+1,), states (L+1, ...), network evaluations
 EULER = "euler"
 FIRST_STEPS = 25  # that are tried where they are to be chosen
+INSIDE = 4  # states on the line to the data of a reference that ends early
 CONVERGENCE_SAMPLES = 4
 
 
@@ -39,21 +47,27 @@ class Teacher:
         steps: L; 0: to be chosen by `convergence`.
         order: of our own multistep.
         scheduler: of diffusers, in its place.
+        end: where the last of the steps begins; 0: where an even grid puts it.
     """
 
     steps: int
     order: int = 3
     scheduler: Any = None
+    end: float = 0.0
 
     @classmethod
-    def named(cls, name: str, steps: int, order: int, sampler: Sampler, probe: ProbeScheduler) -> Teacher:
+    def named(
+        cls, name: str, steps: int, order: int, sampler: Sampler, probe: ProbeScheduler, end: float = 0.0
+    ) -> Teacher:
         """Ours of this order (""), of order 1 ("euler") or a scheduler of diffusers by class name.
 
         Raises:
-            ValueError: one line, for a scheduler that cannot serve, or not with so many steps.
+            ValueError: one line, for a scheduler that cannot serve, or not with so many steps, or an end for a model
+                whose schedule has one.
         """
         if name in ("", EULER):
-            return cls(steps, 1 if name == EULER else order)
+            check_end("teacher_end", end, probe.config)
+            return cls(steps, 1 if name == EULER else order, end=end)
         config = sampler.pipe.scheduler.config
         found = cls(steps, 1, teacher_scheduler(name, config, probe.path, probe.config.prediction_type))
         if steps and not found.takes(steps, probe):
@@ -69,11 +83,11 @@ class Teacher:
     def facts(self) -> dict[str, Any]:
         """Plain data, for the record."""
         kind = {"scheduler": type(self.scheduler).__name__} if self.scheduler else {"order": self.order}
-        return {"steps": self.steps, **kind}
+        return {"steps": self.steps, **kind, **({"end": self.end} if self.end else {})}
 
     def __str__(self) -> str:
         how = f"{type(self.scheduler).__name__}" if self.scheduler else f"order {self.order}"
-        return f"{self.steps} steps of {how}"
+        return f"{self.steps} steps of {how}{told_end(self.end)}"
 
 
 @dataclass(frozen=True)
@@ -138,6 +152,45 @@ class Reference:
         return self.states[round((1 - float(node.detach())) * (len(self.states) - 1))]
 
 
+def check_end(name: str, end: float, model_config: Mapping[str, Any]) -> None:
+    """Raise ValueError if an end is given for a model whose schedule has one."""
+    if end and (terminal := model_config.get("shift_terminal")):
+        raise ValueError(
+            f"{name} is {end:g}, but this model's schedule ends at its shift_terminal, {terminal:g}; leave {name} out"
+        )
+
+
+def raw_nodes(steps: int, end: float = 0.0) -> Tensor:
+    """(steps + 1,) float64, even from 1 to 0, or to `end` and then 0; before any shift."""
+    if not end:
+        return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    even = torch.linspace(1, end, steps, dtype=torch.float64) if steps > 1 else torch.ones(1, dtype=torch.float64)
+    return torch.cat([even, torch.zeros(1, dtype=torch.float64)])
+
+
+class EndedScheduler(DSSolverScheduler):
+    """Classical steps as a reference takes them that ends early; for runs that stand for the model itself. Made by
+    `model_itself`."""
+
+    def _classical(self, nodes: Sequence[float]) -> SolverSpec:
+        moved = nodes[0] * raw_nodes(len(nodes) - 1, self.config.reference_end)
+        return first_order_end(super()._classical(moved.tolist()))
+
+
+def model_itself(model_config: Mapping[str, Any], end: float = 0.0) -> DSSolverScheduler:
+    """Classical steps for this model, the last one from `end`; with many of them what the model itself gives.
+
+    Raises:
+        ValueError: an end for a model whose schedule has one.
+    """
+    if not end:
+        return DSSolverScheduler.from_config(model_config, solvers="classical")
+    check_end("reference_end", end, model_config)
+    made = EndedScheduler.from_config(model_config, solvers="classical")
+    made.register_to_config(reference_end=end)
+    return made
+
+
 def reference(
     sampler: Sampler,
     probe: ProbeScheduler,
@@ -149,11 +202,12 @@ def reference(
     cache: Path | None = None,
     progress: bool = True,
     scheduler: Any = None,
+    end: float = 0.0,
 ) -> Reference:
     """Reference trajectories of these samples, in the precision of the run but at least float32.
 
     Args:
-        steps, order: of the classical solver (Adams-Bashforth or DPM-Solver++) on uniform nodes; order 1 is the
+        steps, order, end: of the classical solver (Adams-Bashforth or DPM-Solver++), see `Teacher`; order 1 is the
             paper's Euler or DDIM.
         scheduler: of diffusers (`stock.teacher_scheduler`), in that solver's place; on its own nodes.
         batch_size: samples per pipeline call.
@@ -161,7 +215,8 @@ def reference(
             lies there is read, what is missing or damaged is made and put there. A batch lacking any sample is run
             whole, so that a resumed run computes what the killed one would have.
     """
-    key = {**sampler.fingerprint(indices), **_setting(sampler, split, steps, order, scheduler)} if cache else {}
+    teacher = Teacher(steps, order, scheduler, end)
+    key = {**sampler.fingerprint(indices), **_setting(sampler, probe, split, teacher)} if cache else {}
     batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
     angles, states, evaluations = torch.empty(0), [], 0.0
     for batch in tqdm(batches, desc=f"reference, {split}", unit="batch", disable=not progress):
@@ -169,7 +224,7 @@ def reference(
         stored = [_stored(file) for file in files]
         if not all(stored):
             before = sampler.network_evaluations
-            made, angles = _made(sampler, probe, Teacher(steps, order, scheduler), batch, split)
+            made, angles = _made(sampler, probe, teacher, batch, split)
             dtype = torch.promote_types(made[0].dtype, torch.float32)
             whole = torch.stack([s[: len(batch)].to("cpu", dtype) for s in made])
             cost = (sampler.network_evaluations - before) / len(batch)
@@ -232,22 +287,43 @@ def convergence(
 def _made(
     sampler: Sampler, probe: ProbeScheduler, teacher: Teacher, batch: Sequence[int], split: str
 ) -> tuple[list[Tensor], Tensor]:
-    """One pipeline call: the L+1 states, with the rows that guidance doubles, and their angles."""
+    """One pipeline call: the states at all nodes, with the rows that guidance doubles, and their angles."""
     if teacher.scheduler is not None:
         return record(sampler, teacher.scheduler, probe.path, batch, split, teacher.steps)
-    probe.prepare(torch.linspace(1, 0, teacher.steps + 1, dtype=torch.float64), order=teacher.order, exact=True)
-    states = run(sampler, probe, batch, split, teacher.steps)
-    return states, probe.angle(probe.nodes)
+    ended = _ended(teacher, probe)
+    raw = raw_nodes(teacher.steps, teacher.end)
+    probe.prepare(raw, order=teacher.order, exact=True, ended=bool(ended))
+    states, nodes = run(sampler, probe, batch, split, teacher.steps), probe.nodes
+    if not ended:
+        return states, probe.angle(nodes)
+    inside = nodes[-2] * torch.linspace(1, 0, INSIDE + 2, dtype=nodes.dtype)[1:-1]
+    angles = probe.angle(torch.cat([nodes[:-1], inside, nodes[-1:]]))
+    return [*states[:-1], *_on_the_line(probe, nodes[-2], inside, *states[-2:]), states[-1]], angles
 
 
-def _setting(sampler: Sampler, split: str, steps: int, order: int, scheduler: Any) -> dict[str, Any]:
+def _ended(teacher: Teacher, probe: ProbeScheduler) -> float:
+    """Where the last step begins that is of first order; 0: it is like the others."""
+    return teacher.end or probe.config.shift_terminal or 0.0
+
+
+def _on_the_line(probe: ProbeScheduler, node: Tensor, inside: Tensor, state: Tensor, data: Tensor) -> list[Tensor]:
+    """The states at nodes inside the step of first order that leads from `state` at `node` to `data`: that data with
+    the noise of that state."""
+    alpha, sigma = (float(factor) for factor in probe.path.alpha_sigma(node))
+    noise = (state - alpha * data) / sigma
+    return [float(a) * data + float(s) * noise for a, s in zip(*probe.path.alpha_sigma(inside), strict=True)]
+
+
+def _setting(sampler: Sampler, probe: ProbeScheduler, split: str, teacher: Teacher) -> dict[str, Any]:
     """What a trajectory depends on beside the sampler's own fingerprint."""
     versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
-    setting = {"split": split, "steps": steps, "order": order, "dtype": str(sampler.pipe.dtype), "versions": versions}
-    if scheduler is not None:
-        config = {k: v for k, v in scheduler.config.items() if not k.startswith("_")}
-        setting |= {"scheduler": type(scheduler).__name__, "config": json.dumps(config, sort_keys=True, default=str)}
-    return setting
+    dtype = str(sampler.pipe.dtype)
+    setting = {"split": split, "steps": teacher.steps, "order": teacher.order, "dtype": dtype, "versions": versions}
+    if teacher.scheduler is not None:
+        config = {k: v for k, v in teacher.scheduler.config.items() if not k.startswith("_")}
+        name = type(teacher.scheduler).__name__
+        return setting | {"scheduler": name, "config": json.dumps(config, sort_keys=True, default=str)}
+    return setting | ({"end": ended} if (ended := _ended(teacher, probe)) else {})
 
 
 def _file(cache: Path | None, key: dict[str, Any], index: int) -> Path | None:

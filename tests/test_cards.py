@@ -222,6 +222,11 @@ def test_model_index_has_what_was_measured_and_of_this_solver_only():
     mse, fid, clip = card.data.eval_results
     assert (mse.metric_type, mse.metric_value) == ("mse", COMPARISON["results"][0]["mse"])
     assert mse.metric_args == {"nfe": 5, "guidance": 1.5, "n": 64, "reference_steps": 400}
+    figures["comparison"]["reference"] = {**COMPARISON["reference"], "end": 0.1}
+    ended = card_of(figures)
+    assert ended.data.eval_results[0].metric_args["reference_end"] == 0.1
+    assert "Final-state mse against 400 steps, the last from 0.1 to the data (" in ended.text
+    assert "Final-state mse against 400 steps (" in card.text
     assert (fid.metric_type, fid.metric_name, fid.metric_value) == ("frechet_distance", "FID", 3.14159)
     common = {"nfe": 5, "n": 2000, "extractor": "inception"}
     assert fid.metric_args == {**common, "interval": [3.0, 3.25]} and clip.metric_args == {

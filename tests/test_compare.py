@@ -401,7 +401,44 @@ def test_the_solver_of_this_guidance_is_taken(folders, tmp_path, capsys):
     assert "was searched at guidance scale 4.0, this run is at 1.5" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("provenance", [["flow"], "flow", 3, {"call": ["guidance_scale"]}, {"call": "guidance_scale"}])
+@both
+def test_a_reference_may_end_early(family, folders, tmp_path, capsys):
+    """Against a loop: many steps to the end, then the data that the network predicts there; kept apart from others."""
+    changes = {"reference_steps": 60, "schedulers": ["euler"], "output_dir": str(tmp_path)}
+    whole = Comparison(settings(folders, family, **changes)).reference()
+    config = settings(folders, family, **changes, reference_end=0.25)
+    comparison = Comparison(config)
+    final, _, uncertainty = comparison.reference()
+    assert uncertainty < 0.1 * (final - whole[0]).square().mean()
+    nodes = [*torch.linspace(1, 0.25, 600, dtype=torch.float64).tolist(), 0.0]
+    euler = classical(nodes, make_path(family), 1)
+    many = DSSolverScheduler.from_config(comparison.model_config, solvers={"600": euler.to_dict()})
+    assert (comparison.sample(many, 600).final - final).square().mean() < 2e-5 * final.var()
+    results = comparison.run()[0]
+    [ours] = [r for r in results if r.searched]
+    made = comparison.sample(comparison.ours[f"ours-{family}"], NFE).final
+    assert ours.mse == pytest.approx((made - final).square().mean().item(), rel=1e-5)
+    compare(config)
+    record = json.loads((tmp_path / "comparison.json").read_text())
+    assert record["reference"]["end"] == record["settings"]["reference_end"] == 0.25
+    assert "final-state mse against 60 steps, the last from 0.25 to the data, 4 test samples" in capsys.readouterr().out
+
+
+def test_a_solver_searched_towards_another_end_is_told(folders, tmp_path, capsys):
+    scheduler = DSSolverScheduler.from_pretrained(
+        folders / "ours-flow", provenance={"teacher": {"steps": 9, "end": 0.1}}
+    )
+    scheduler.save_pretrained(tmp_path)
+    Comparison(settings(folders, "flow", solver=[str(tmp_path)], reference_end=0.1))
+    assert "teacher_end" not in capsys.readouterr().err
+    Comparison(settings(folders, "flow", solver=[str(tmp_path)]))
+    assert f"{tmp_path} was searched with teacher_end 0.1, this reference_end is 0.0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "provenance",
+    [["flow"], "flow", 3, {"call": ["guidance_scale"]}, {"call": "guidance_scale"}, {"teacher": "x", "call": 3}],
+)
 def test_a_provenance_of_any_kind_says_nothing_of_guidance(provenance, folders, tmp_path, capsys):
     scheduler = DSSolverScheduler.from_pretrained(folders / "ours-flow")
     scheduler.save_pretrained(tmp_path)

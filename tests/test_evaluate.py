@@ -264,6 +264,21 @@ def test_images_are_sampled_once(folders, finished, tmp_path, monkeypatch):
     assert len(sampled) == 3
 
 
+def test_the_model_itself_with_several_ends(folders, finished, tmp_path):
+    """A run for each, of which the one without is the ordinary one; none is taken for another's."""
+    output, record = finished
+    shutil.copytree(output, tmp_path / "out")
+    ends = evaluate(folders, tmp_path / "out", reference_steps=9, reference_ends=[0, 0.1, 0.4, 0.1])
+    found = figures_of(ends)
+    names = ["reference", "reference, from 0.1", "reference, from 0.4"]
+    assert [name for name, nfe in found if nfe == 9] == names
+    assert found["reference", 9] == figures_of(record)["reference", 9]
+    assert len({found[name, 9]["frechet_distance"] for name in names}) == 3
+    assert {r["calls"] for r in ends["results"] if r["nfe"] == 9} == {9}
+    alone = evaluate(folders, tmp_path / "alone", reference_steps=9, reference_ends=[0.4], schedulers=[], solver=[])
+    assert figures_of(alone)[names[2], 9] == found[names[2], 9]
+
+
 def picture_folder(folder):
     """Random pictures, enough of them."""
     (folder / "real").mkdir()

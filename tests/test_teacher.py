@@ -14,6 +14,7 @@ from test_search import (
     CLOSED_FORM,
     PAPER,
     GaussianModel,
+    Recording,
     both,
     lines_of,
     make_pipe,
@@ -30,7 +31,7 @@ from dssolver_search import run as run_module
 from dssolver_search import stock, teacher
 from dssolver_search.sampling import Sampler, load_pipeline
 from dssolver_search.state import read_record
-from dssolver_search.teacher import Convergence, Teacher, convergence, reference
+from dssolver_search.teacher import Convergence, Teacher, convergence, model_itself, reference
 
 UNIPC, FLOW_EULER, DDIM = "UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler", "DDIMScheduler"
 SHORT = {**CLOSED_FORM, "nfe": [3], "fill_nfe": [], "trials": 1, "polish": 0}
@@ -406,11 +407,121 @@ def test_search_with_a_scheduler_as_teacher(models, tmp_path, capsys):
         ({"teacher_steps": 1001}, "teacher_steps is 1001; it must be more than the largest NFE, at most 1000, or 0"),
         ({"teacher_steps": -1}, "teacher_steps is -1"),
         ({"teacher_tolerance": 0}, "teacher_tolerance is 0.0; it must be above 0"),
+        ({"teacher_end": 0.6}, "teacher_end is 0.6; it must be from 0 to 0.5"),
+        ({"teacher_end": -0.1}, "teacher_end is -0.1; it must be from 0 to 0.5"),
+        ({"teacher_end": math.nan}, "teacher_end is nan; it must be from 0 to 0.5"),
+        ({"teacher_end": 0.1, "teacher_scheduler": UNIPC}, f"teacher_end is 0.1, but {UNIPC} has an end of its own"),
+        ({"teacher_end": 0.1, "method": "paper"}, "teacher_end is 0.1, but method paper has an end of its own"),
     ],
 )
 def test_bad_settings_end_in_one_line_and_write_nothing(changes, message, models, tmp_path, capsys):
     line = refused(capsys, lambda: search(models["vp"], tmp_path / "out", SHORT, **changes))
     assert message in line and not list(tmp_path.iterdir())
+
+
+# --- an early end -----------------------------------------------------------------------------------------------------
+
+END = 0.2
+
+
+def predicted(sampler, states, node):
+    """The data that the guided network predicts of the first four samples' states (4, ...) at a node."""
+    labels = sampler.conditions(range(4))["class_labels"]
+    with Recording(sampler.pipe, 2.0) as seen, torch.no_grad():
+        null = sampler.pipe.transformer.config.num_embeds_ada_norm
+        classes = torch.tensor([*labels, *[null] * 4])
+        path = make_probe(sampler.pipe).path
+        sampler.pipe.transformer(
+            torch.cat([states, states]), timestep=path.timestep(node).expand(8), class_labels=classes
+        )
+    [output], (alpha, sigma) = seen.outputs, path.alpha_sigma(node)
+    return states - sigma * output if "Flow" in type(path).__name__ else (states - sigma * output) / alpha
+
+
+@both
+def test_from_its_end_a_reference_goes_to_the_data_that_is_predicted_there(family):
+    sampler = solvable(family)
+    probe = make_probe(sampler.pipe)
+    whole, node = taught(sampler, steps=800), torch.tensor(END, dtype=torch.float64) * probe._path.first_node
+    before = sampler.network_evaluations
+    found = taught(sampler, steps=100, end=END)
+    assert sampler.network_evaluations - before == 2 * 4 * 100  # as many as without
+    state = whole.at(probe.angle(node))
+    torch.testing.assert_close(found.final, predicted(sampler, state, node), rtol=0, atol=1e-5)
+    assert (found.final - whole.final).abs().max() > 1e-3
+    torch.testing.assert_close(found.at(probe.angle(node)), state, rtol=0, atol=1e-5)
+
+
+@both
+@pytest.mark.parametrize("share", [0.9, 0.5, 0.13])
+def test_between_its_end_and_the_data_the_noise_of_a_reference_is_that_at_its_end(family, share):
+    sampler = solvable(family)
+    probe = make_probe(sampler.pipe)
+    found = taught(sampler, steps=100, end=END)
+    end, between = (torch.tensor(END * s, dtype=torch.float64) * probe._path.first_node for s in (1, share))
+    (alpha, sigma), (a, s) = (probe.path.alpha_sigma(node) for node in (end, between))
+    noise = (found.at(probe.angle(end)) - alpha * found.final) / sigma
+    torch.testing.assert_close(found.at(probe.angle(between)), a * found.final + s * noise, rtol=0, atol=3e-4)
+
+
+def test_order_of_an_early_end_is_that_of_the_steps_before_it():
+    sampler = solvable("flow")
+    finals = [taught(sampler, steps=steps, end=END).final for steps in (40, 80, 400)]
+    errors = [(final - finals[2]).square().mean().item() for final in finals[:2]]
+    assert (
+        math.log2(errors[0] / errors[1]) > 3.65
+    )  # of mse, second order at least; the last step has no error of its own
+
+
+@pytest.mark.parametrize("name, steps", [("euler", 300), ("", 60), ("", 200)])
+def test_schedules_with_a_terminal_shift_end_as_their_own_scheduler_does(name, steps):
+    """Of any order: not at the end of the whole trajectory, which an extrapolation over the long last step leads to."""
+    sampler = solvable("flow")
+    sampler.pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift_terminal=0.1)
+    theirs = sampler(range(4), "train", 900, output_type="latent")[0]
+    torch.testing.assert_close(sampler.pipe.scheduler.sigmas[-2:], torch.tensor([0.1, 0.0]))
+    assert (taught(sampler, name, steps).final - theirs).square().mean() < 3e-6
+    assert (taught(solvable("flow"), name, steps).final - theirs).square().mean() > 1e-4
+
+
+@both
+def test_the_model_itself_is_what_a_teacher_converges_to(family):
+    sampler = make_sampler(make_pipe(family))
+    for end in (0.0, END):
+        with sampler.using(model_itself(sampler.pipe.scheduler.config, end)):
+            theirs = sampler(range(4), "train", 200, output_type="latent")[0]
+        assert (taught(sampler, steps=200, end=end).final - theirs).square().mean() < 1e-6 * theirs.var()
+    assert (taught(sampler, steps=200).final - theirs).square().mean() > 1e-5 * theirs.var()
+
+
+@both
+def test_search_with_an_early_end(family, models, tmp_path, capsys):
+    search(models[family], tmp_path, SHORT, teacher_end=END)
+    assert "teacher: 20 steps of order 3, the last from 0.2 to the data; estimated mse " in capsys.readouterr().err
+    facts = json.loads((tmp_path / "scheduler_config.json").read_text())["provenance"]
+    assert facts["teacher"]["end"] == END and facts["settings"]["teacher_end"] == END
+    sampler = make_sampler(load_pipeline(str(models[family])), seed=5)
+    for split, count in (("train", 4), ("validation", 3)):  # its trajectories are what was fitted to
+        taught(sampler, "", 20, range(count), split, cache=tmp_path / "cache", end=END)
+    assert sampler.network_evaluations == 0
+    assert taught(sampler, "", 20, range(4), cache=tmp_path / "cache").network_evaluations > 0
+    assert sampler.network_evaluations == 2 * 4 * 20  # of another end
+    [result] = facts["results"].values()
+    assert result["validation_mse"] < result["classical_mse"]
+
+
+def test_an_early_end_of_a_schedule_that_has_one_is_refused(models, tmp_path, capsys):
+    folder = tmp_path / "model"
+    pipe = load_pipeline(str(models["flow"]))
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift_terminal=0.1)
+    pipe.save_pretrained(folder)
+    line = refused(capsys, lambda: search(folder, tmp_path / "out", SHORT, teacher_end=END))
+    assert (
+        "teacher_end is 0.2, but this model's schedule ends at its shift_terminal, 0.1; leave teacher_end out" in line
+    )
+    with pytest.raises(ValueError, match=r"reference_end is 0\.2, but this model's schedule ends"):
+        model_itself(pipe.scheduler.config, END)
+    assert not (tmp_path / "out").exists()
 
 
 def test_runs_leave_the_global_random_numbers_alone():
