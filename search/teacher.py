@@ -290,11 +290,10 @@ def _made(
     """One pipeline call: the states at all nodes, with the rows that guidance doubles, and their angles."""
     if teacher.scheduler is not None:
         return record(sampler, teacher.scheduler, probe.path, batch, split, teacher.steps)
-    ended = _ended(teacher, probe)
     raw = raw_nodes(teacher.steps, teacher.end)
-    probe.prepare(raw, order=teacher.order, exact=True, ended=bool(ended))
+    probe.prepare(raw, order=teacher.order, exact=True, ended=bool(_ended(teacher, probe)))
     states, nodes = run(sampler, probe, batch, split, teacher.steps), probe.nodes
-    if not ended:
+    if not teacher.end:  # no solver has nodes after a terminal shift
         return states, probe.angle(nodes)
     inside = nodes[-2] * torch.linspace(1, 0, INSIDE + 2, dtype=nodes.dtype)[1:-1]
     angles = probe.angle(torch.cat([nodes[:-1], inside, nodes[-1:]]))

@@ -480,7 +480,9 @@ def test_schedules_with_a_terminal_shift_end_as_their_own_scheduler_does(name, s
     sampler.pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift_terminal=0.1)
     theirs = sampler(range(4), "train", 900, output_type="latent")[0]
     torch.testing.assert_close(sampler.pipe.scheduler.sigmas[-2:], torch.tensor([0.1, 0.0]))
-    assert (taught(sampler, name, steps).final - theirs).square().mean() < 3e-6
+    found = taught(sampler, name, steps)
+    assert (found.final - theirs).square().mean() < 3e-6
+    assert len(found.states) == steps + 1  # as `Reference.nearest` takes them to be
     assert (taught(solvable("flow"), name, steps).final - theirs).square().mean() > 1e-4
 
 
