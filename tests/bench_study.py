@@ -81,11 +81,20 @@ def by_row(record: Record) -> Panels:
     }
 
 
+def by_guidance(record: Record) -> Panels:
+    """`by_column` of searches at guidance scales: what a line was searched at is said."""
+
+    def told(name: str) -> str:
+        return f"{SEARCHED} at {name}" if name == ALL or name[0].isdigit() else name
+
+    return {model: {told(name): line for name, line in lines.items()} for model, lines in by_column(record).items()}
+
+
 PLOTS: dict[int, tuple[Callable[[Record], Panels], str, bool]] = {  # by finding; what lies along x, logarithmic or not
     1: (by_column, "network calls (NFE)", False),
     3: (by_teacher, "steps of the teacher", True),
     4: (by_row, "training samples", True),
-    5: (by_column, "guidance scale of the run", False),
+    5: (by_guidance, "guidance scale of the run", False),
 }
 
 
@@ -102,7 +111,7 @@ def curves(panels: Panels, xlabel: str, logarithmic: bool, dark: bool = False) -
             ink = matplotlib.rcParams["text.color"] if colour == "#000000" else colour
             axis.plot(
                 x, [fmean(values) for _, values in points], color=ink, marker=MARKERS[k % len(MARKERS)], markersize=4,
-                label=label, linewidth=2.6 if label in (SEARCHED, ALL) else 1.3,
+                label=label, linewidth=2.6 if label in (SEARCHED, f"{SEARCHED} at {ALL}") else 1.3,
             )  # fmt: skip
             least, most = ([end(values) for _, values in points] for end in (min, max))
             axis.fill_between(x, least, most, color=ink, alpha=0.15, linewidth=0)

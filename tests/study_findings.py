@@ -166,12 +166,12 @@ def sentence_1(record: Record) -> str:
         [ratio(pair[which], model, DISTANCE) for pair, model in zip(images, itself, strict=True)] for which in (1, 2)
     )
     return (
-        f"A searched solver has {geometric(error):.2g} of the error of the best of the others (geometric mean; "
-        f"{min(error):.2g} to {max(error):.2g}), the lower one in {sum(lower)} of {len(lower)} cases, and images "
-        f"nearer to real ones in {sum(nearer)} of {len(nearer)}: {min(ours):.2f} to {max(ours):.2f} times as far as "
-        f"those of the model itself in {MODEL_STEPS} calls, the nearest others' {min(others):.2f} to {max(others):.2f} "
-        f"times. The paper's are ahead at every step count: this {agreement(lower)} in error and {agreement(nearer)} "
-        "in distance."
+        f"At equal calls a searched solver has {geometric(error):.2g} times the error of the best of the others "
+        f"(geometric mean; from {min(error):.2g} to {max(error):.2g}), the lower one in {sum(lower)} of {len(lower)} "
+        f"cases. Its images are nearer to real ones than the nearest of the others' in {sum(nearer)} of {len(nearer)}: "
+        f"{min(ours):.2f} to {max(ours):.2f} times as far as the model's own in {MODEL_STEPS} calls, those of the "
+        f"others {min(others):.2f} to {max(others):.2f} times. The paper's solvers are ahead at every step count: this "
+        f"{agreement(lower)} in error and {agreement(nearer)} in distance."
     )
 
 
@@ -364,10 +364,10 @@ def sentence_6(record: Record) -> str:
     own_best, other_best = over(lambda rows, n: best_other(rows, n, ERROR))
     refused = sum(r["refused"] for r in record["refusals"])
     return (
-        f"On its own schedule a searched solver has {own:.2g} times the error of classical rows and {own_best:.2g} of "
-        f"the best other's, handed over in code on the other one {other:.2g} and {other_best:.2g} times; the loader "
-        f"refused {refused} of {len(record['refusals'])}. To the paper a solver is meaningless on another schedule "
-        f"(here: no better than classical rows): this {agreement([other >= 1])}."
+        f"On its own schedule a searched solver has {own:.2g} times the error of classical rows and {own_best:.2g} "
+        f"times that of the best of the others. Put onto the other schedule by hand it has {other:.2g} and "
+        f"{other_best:.2g} times; the loader refused {refused} of {len(record['refusals'])}. To the paper a solver is "
+        f"meaningless on another schedule (here: no better than classical rows): this {agreement([other >= 1])}."
     )
 
 
@@ -409,13 +409,13 @@ def sentence_7(record: Record) -> str:
     error, distance = over("perceptual", "terminal"), over("perceptual", "terminal", "distances", DISTANCE)
     (fewest,) = next(iter(record["errors"].values()))["perceptual"]
     return (
-        f"Corrections to classical rows, in closed form and polished, have {ours:.2f} times the error of the paper's "
-        f"parametrisation and recipe ({record['generated']} of its 50 000 samples). Of gradients from there, that of "
-        f"`{best}` leaves {others[best]:.2f} times what the paper's objective does, and at {fewest} calls that of "
-        f"`perceptual` {error:.2f} times the error and {distance:.2f} times the distance of `terminal`'s. With the "
-        f"paper's choices this {agreement([ours * LIMIT >= 1])} in parametrisation and "
-        f"{agreement([others[best] * LIMIT >= 1])} in objective (others are better by more than {LIMIT} times where it "
-        "does not)."
+        f"Corrections to classical rows, found in closed form and polished, have {ours:.2f} times the error of the "
+        f"paper's parametrisation and recipe ({record['generated']} of its 50 000 samples). A gradient descent from "
+        f"there ends, by the best other objective (`{best}`), at {others[best]:.2f} times the error that the paper's "
+        f"objective ends at; at {fewest} calls by `perceptual` at {error:.2f} times the error and {distance:.2f} times "
+        f"the distance of `terminal`. With the paper's choices this {agreement([ours * LIMIT >= 1])} in "
+        f"parametrisation and {agreement([others[best] * LIMIT >= 1])} in objective (where it does not, another is "
+        f"better by more than {LIMIT} times)."
     )
 
 

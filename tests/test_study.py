@@ -397,15 +397,16 @@ def test_agreement_and_means():
 @pytest.mark.parametrize(
     "errors, distances, said",
     [
-        ((0.5, 0.5), (2.0, 2.5), "in 2 of 2 cases, and images nearer to real ones in 2 of 2: 1.00 to 1.25 times as far "
-         "as those of the model itself in 50 calls, the nearest others' 1.50 to 2.00 times. The paper's are ahead at "
-         "every step count: this agrees in error and agrees in distance."),
-        ((0.5, 1.0), (2.0, 9.0), "in 1 of 2 cases, and images nearer to real ones in 1 of 2: 1.00 to 4.50 times as far "
-         "as those of the model itself in 50 calls, the nearest others' 1.50 to 2.00 times. The paper's are ahead at "
-         "every step count: this agrees in part in error and agrees in part in distance."),
-        ((2.0, 1.0), (3.0, 4.0), "in 0 of 2 cases, and images nearer to real ones in 0 of 2: 1.50 to 2.00 times as far "
-         "as those of the model itself in 50 calls, the nearest others' 1.50 to 2.00 times. The paper's are ahead at "
-         "every step count: this disagrees in error and disagrees in distance."),
+        ((0.5, 0.5), (2.0, 2.5), "in 2 of 2 cases. Its images are nearer to real ones than the nearest of the others' "
+         "in 2 of 2: 1.00 to 1.25 times as far as the model's own in 50 calls, those of the others 1.50 to 2.00 times. "
+         "The paper's solvers are ahead at every step count: this agrees in error and agrees in distance."),
+        ((0.5, 1.0), (2.0, 9.0), "in 1 of 2 cases. Its images are nearer to real ones than the nearest of the others' "
+         "in 1 of 2: 1.00 to 4.50 times as far as the model's own in 50 calls, those of the others 1.50 to 2.00 times. "
+         "The paper's solvers are ahead at every step count: this agrees in part in error and agrees in part in "
+         "distance."),
+        ((2.0, 1.0), (3.0, 4.0), "in 0 of 2 cases. Its images are nearer to real ones than the nearest of the others' "
+         "in 0 of 2: 1.50 to 2.00 times as far as the model's own in 50 calls, those of the others 1.50 to 2.00 times. "
+         "The paper's solvers are ahead at every step count: this disagrees in error and disagrees in distance."),
     ],
 )  # fmt: skip
 def test_sentence_1(errors, distances, said):
@@ -423,7 +424,7 @@ def test_sentence_1(errors, distances, said):
     assert sentence.endswith(said)
     low, high = sorted(errors)
     assert (
-        f"has {(low * high) ** 0.5:.2g} of the error of the best of the others (geometric mean; {low:.2g} to"
+        f"has {(low * high) ** 0.5:.2g} times the error of the best of the others (geometric mean; from {low:.2g} to"
         in sentence
     )
     assert "| unipc | 1 +- 0.1 | 1 +- 0.1 |" in study_findings.table_1(record)
@@ -517,8 +518,8 @@ def test_sentence_6(other, refused, said):
     record = {"model": "small-vp", "errors": {"its own": rows(0.25), "scaled": rows(other)}, "refusals": refusals}
     sentence = study_findings.sentence_6(record)
     assert sentence.endswith(f"this {said}") and f"refused {1 + refused} of 2" in sentence
-    assert "has 0.25 times the error of classical rows and 0.5 of the best other's" in sentence
-    assert f"on the other one {other:.2g} and {2 * other:.2g} times" in sentence
+    assert "has 0.25 times the error of classical rows and 0.5 times that of the best of the others." in sentence
+    assert f"onto the other schedule by hand it has {other:.2g} and {2 * other:.2g} times;" in sentence
     text = study_findings.table_6(record)
     assert "| small-vp on its own betas, NFE | 5 |" in text and text.endswith("\nThe loader: `no`\n")
 
@@ -541,8 +542,8 @@ def test_sentence_7(polish, mixed, said):
     record = {"generated": 512, "errors": {"small-vp": rows}, "distances": {"small-vp": images}}
     sentence = study_findings.sentence_7(record)
     assert said in sentence and f"have {polish:.2f} times the error" in sentence and "(512 of its 50 000" in sentence
-    assert f"that of `mixed` leaves {mixed:.2f} times" in sentence
-    assert "at 5 calls that of `perceptual` 0.38 times the error and 0.38 times the distance" in sentence
+    assert f"(`mixed`), at {mixed:.2f} times the error that the paper's" in sentence
+    assert "at 5 calls by `perceptual` at 0.38 times the error and 0.38 times the distance of `terminal`" in sentence
     assert "| closed form, polish | " in study_findings.table_7(record)
 
 
@@ -553,6 +554,15 @@ def test_curves_leave_out_what_diverges():
     searched, heun = figure.axes[0].lines
     assert list(searched.get_ydata()) == [1.5, 0.375] and list(heun.get_xdata()) == [8.0]
     assert figure.axes[0].get_yscale() == "log" and searched.get_linewidth() > heun.get_linewidth()
+
+
+def test_curves_over_guidance_say_what_was_searched_where():
+    row = {"1": seeds(1.0), "5": seeds(2.0)}
+    record = {"nfe": 5, "errors": {"small-vp": {"all": row, "1": row, "5": row, "unipc": row}}}
+    [lines] = bench_study.by_guidance(record).values()
+    assert list(lines) == ["searched at all", "searched at 1", "searched at 5", "unipc"]
+    widths = [line.get_linewidth() for line in bench_study.curves({"a": lines}, "x", False).axes[0].lines]
+    assert widths[0] > widths[1] == widths[2] == widths[3]
 
 
 def test_curves_have_labels_that_can_be_read():
