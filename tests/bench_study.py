@@ -39,7 +39,7 @@ from study_findings import ALL, FINDINGS, SEARCHED, Found, Record, block, mean, 
 from study_units import Budget, Study
 
 FILE, MODELS = "study.json", "models"
-LEGEND = 7  # most labels that stand side by side
+LEGEND, HANDLE = 98, 5  # characters that stand side by side in a legend, and what a handle takes of them
 Line = list[tuple[float, list[float]]]  # x, values of the seeds
 Panels = dict[str, dict[str, Line]]  # by title, by label
 
@@ -128,7 +128,8 @@ def curves(panels: Panels, xlabel: str, logarithmic: bool, dark: bool = False) -
         axis.set_axis_off()
     shown = {t: h for axis in axes for h, t in zip(*axis.get_legend_handles_labels(), strict=True)}
     if len(labels) > 1:
-        columns = math.ceil(len(shown) / math.ceil(len(shown) / LEGEND))
+        most = LEGEND // (max(map(len, shown)) + HANDLE)
+        columns = math.ceil(len(shown) / math.ceil(len(shown) / most))
         figure.legend(shown.values(), shown.keys(), loc="outside upper center", ncols=columns, frameon=False)
     return figure
 

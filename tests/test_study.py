@@ -565,9 +565,10 @@ def test_curves_over_guidance_say_what_was_searched_where():
     assert widths[0] > widths[1] == widths[2] == widths[3]
 
 
-def test_curves_have_labels_that_can_be_read():
-    """However many they are, none is cut off; an axis over less than a decade has more than one number."""
-    panels = {"a": {f"scheduler {k}": [(5.0, [6.6e-3]), (8.0, [1.7e-2])] for k in range(9)}}
+@pytest.mark.parametrize("name", ["scheduler", "searched at guidance", "s"])
+def test_curves_have_labels_that_can_be_read(name):
+    """However many and long they are, none is cut off; an axis over less than a decade has more than one number."""
+    panels = {"a": {f"{name} {k}": [(5.0, [6.6e-3]), (8.0, [1.7e-2])] for k in range(9)}}
     figure = bench_study.curves(panels, "x", False)
     figure.draw_without_rendering()
     (width, height), (legend,) = figure.canvas.get_width_height(), figure.legends
