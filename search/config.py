@@ -187,7 +187,7 @@ class SearchConfig(ModelConfig):
         steps = self.teacher_steps == 0 or max(self.nfe) < self.teacher_steps <= MAX_NFE
         _require(self, "teacher_steps", steps, f"more than the largest NFE, at most {MAX_NFE}, or 0 to have it chosen")
         _require(self, "teacher_tolerance", self.teacher_tolerance > 0, "above 0")
-        _require_end(self, "teacher_end", self.teacher_end)
+        _require(self, "teacher_end", 0 <= self.teacher_end <= LATEST_END, f"from 0 to {LATEST_END}")
         if self.teacher_end and (self.method == "paper" or self.teacher_scheduler not in ("", "euler")):
             other = "method paper has" if self.method == "paper" else f"{self.teacher_scheduler} has"
             raise ValueError(
@@ -229,7 +229,7 @@ class CompareConfig(ModelConfig):
         super().__post_init__()
         for name in ("num_samples", "reference_steps", "num_pictures"):
             _require(self, name, getattr(self, name) >= 1, "1 or more")
-        _require_end(self, "reference_end", self.reference_end)
+        _require(self, "reference_end", 0 <= self.reference_end <= LATEST_END, f"from 0 to {LATEST_END}")
 
 
 @dataclass(frozen=True)
@@ -388,8 +388,8 @@ class EvaluateConfig(ModelConfig):
         for name in ("num_images", "num_reference_images"):
             _require(self, name, getattr(self, name) >= FEWEST_IMAGES, f"{FEWEST_IMAGES} or more")
         _require(self, "reference_steps", 0 <= self.reference_steps <= MAX_NFE, f"from 0 to {MAX_NFE}")
-        for end in self.reference_ends:
-            _require_end(self, "reference_ends", end)
+        ends = bool(self.reference_ends) and all(0 <= end <= LATEST_END for end in self.reference_ends)
+        _require(self, "reference_ends", ends, f"numbers from 0 to {LATEST_END}")
         _require(self, "subsets", self.subsets == 0 or self.subsets >= 2, "0, or 2 or more")
 
 
@@ -460,10 +460,6 @@ def _checked(key: str, value: Any, hint: Any) -> Any:
 def _kinds(hint: Any) -> tuple[type, ...]:
     parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     return tuple(typing.get_origin(p) or p for p in parts)
-
-
-def _require_end(config: ModelConfig, name: str, end: float) -> None:
-    _require(config, name, 0 <= end <= LATEST_END, f"from 0 to {LATEST_END}")
 
 
 def _require(config: ModelConfig, name: str, fine: bool, accepted: str) -> None:

@@ -3,8 +3,8 @@ disk, and read off at any node. One reference serves every NFE and every method.
 estimated by twice the steps on samples of its own.
 
 A reference may end early: from a time `end` on, in one step of first order, at the data that the network predicts
-there. What the network is taught worst, if anything, is the last and least noise; and schedules with a `shift_terminal`
-(LTX, Qwen-Image) end so by themselves.
+there, which is the better end where the network is weak at little noise. Schedules with a `shift_terminal` (LTX-Video,
+Qwen-Image) end so by themselves.
 """
 
 from __future__ import annotations

@@ -531,4 +531,6 @@ def test_absent_solver_and_unknown_scheduler_are_refused(folders, tmp_path, caps
     config = settings(folders, "flow", solver=[], output_dir=str(tmp_path / "out"))
     line = refused(capsys, lambda: main([*words(config), "--schedulers", "euler", "leapfrog"]))
     assert "'leapfrog' is unknown; known: unipc, " in line
+    line = refused(capsys, lambda: main([*words(config), "--reference_end", "0.6"]))
+    assert "reference_end is 0.6; it must be from 0 to 0.5" in line
     assert not list(tmp_path.iterdir())

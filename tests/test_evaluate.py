@@ -774,6 +774,8 @@ def test_clip_score_of_classes_is_refused(clip_folder, folders, tmp_path, capsys
         ({"num_reference_images": 9}, "num_reference_images is 9"),
         ({"subsets": 1}, "subsets is 1; it must be 0, or 2 or more"),
         ({"reference_steps": 1001}, "reference_steps is 1001"),
+        ({"reference_ends": [0.1, 0.6]}, "reference_ends is [0.1, 0.6]; it must be numbers from 0 to 0.5"),
+        ({"reference_ends": []}, "reference_ends is []; it must be numbers from 0 to 0.5"),
         ({"num_images": 63}, "num_images is 63, fewer than the 64 features of fashion-classifier"),
         ({"num_reference_images": 63, "reference": "pictures"}, "the number of reference images is 63"),
         ({"schedulers": ["leapfrog"]}, "'leapfrog' is unknown"),

@@ -227,6 +227,16 @@ def test_metrics_name_their_network(extractor, name, folders):
     assert "500 images of org/images" in page.text["p"] and f"Features of {extractor}" in page.text["p"]
 
 
+def test_the_reference_is_told_with_its_end(folders):
+    def told(**reference):
+        change(folders / "compared", "comparison", reference={"mse_against_half_the_steps": 1e-6, **reference})
+        return " ".join(read(report(folders)).text["p"].split())
+
+    assert "against a reference of 9 steps; the mse between" in told(steps=9)
+    assert "against a reference of 9 steps, the last from 0.1 to the data; the mse between" in told(steps=9, end=0.1)
+    assert EVIL not in told(steps=9, end=EVIL)
+
+
 def test_provenance_is_complete_and_commands_are_there(folders):
     page = read(report(folders, "--evaluation", folders / "evaluated"))
     expected = {
