@@ -189,12 +189,11 @@ class Comparison:
             made = self.sample(self.itself, steps, batch)
             return {"final": made.final, "images": made.images}, {"evaluations": repr(made.evaluations)}
 
-        return self._kept([*self._reference_facts(steps), list(batch)], make)
+        return self._kept(["reference", *self._against(steps), list(batch)], make)
 
-    def _reference_facts(self, steps: int) -> list[Any]:
+    def _against(self, steps: int) -> list[Any]:
         """What a reference of so many steps depends on beside `key`."""
-        end = self.config.reference_end
-        return ["reference", steps, *([end] if end else [])]
+        return [steps, *([self.config.reference_end] if self.config.reference_end else [])]
 
     def _errors(self, run: Run, batch: range) -> Kept:
         """How far each sample of a run is from the reference, and its first images."""
@@ -224,7 +223,7 @@ class Comparison:
 
         digest = self.features.digest if self.features else None
         how = [type(run.scheduler).__name__, dict(run.scheduler.config), run.steps, run.call]
-        against = self._reference_facts(self.config.reference_steps)[1:]
+        against = self._against(self.config.reference_steps)
         return self._kept([how, *against, self.config.num_pictures, digest, list(batch)], make)
 
     # --- the whole -------------------------------------------------------------------------------------------------

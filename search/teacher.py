@@ -32,7 +32,7 @@ from .sampling import Sampler
 from .state import Damaged, read_tensors, say, write_tensors
 from .stock import record, takes, teacher_scheduler
 
-Sample = tuple[Tensor, Tensor, float]  # angles (L+1,), states (L+1, ...), network evaluations
+Sample = tuple[Tensor, Tensor, float]  # angles (L+1,), states (L+1, ...), network evaluations; see `Reference`
 EULER = "euler"
 FIRST_STEPS = 25  # that are tried where they are to be chosen
 INSIDE = 4  # states on the line to the data of a reference that ends early
@@ -118,7 +118,7 @@ class Convergence:
 
 @dataclass(frozen=True)
 class Reference:
-    """States of a batch at L+1 nodes.
+    """States of a batch at L+1 nodes; at `INSIDE` more where an end was asked for.
 
     Attributes:
         angles: (L+1,) float64, falling; `paths.Path.angle` of the nodes, the coordinate of interpolation.

@@ -26,6 +26,7 @@ from test_search import (
     without_clock,
 )
 
+from diffusers_dssolver.paths import FlowPath
 from diffusers_dssolver.pipelines import SiTPipeline
 from dssolver_search import run as run_module
 from dssolver_search import stock, teacher
@@ -435,14 +436,14 @@ def predicted(sampler, states, node):
             torch.cat([states, states]), timestep=path.timestep(node).expand(8), class_labels=classes
         )
     [output], (alpha, sigma) = seen.outputs, path.alpha_sigma(node)
-    return states - sigma * output if "Flow" in type(path).__name__ else (states - sigma * output) / alpha
+    return states - sigma * output if isinstance(path, FlowPath) else (states - sigma * output) / alpha
 
 
 @both
 def test_from_its_end_a_reference_goes_to_the_data_that_is_predicted_there(family):
     sampler = solvable(family)
     probe = make_probe(sampler.pipe)
-    whole, node = taught(sampler, steps=800), torch.tensor(END, dtype=torch.float64) * probe._path.first_node
+    whole, node = taught(sampler, steps=800), torch.tensor(END, dtype=torch.float64) * probe.path.first_node
     before = sampler.network_evaluations
     found = taught(sampler, steps=100, end=END)
     assert sampler.network_evaluations - before == 2 * 4 * 100  # as many as without
@@ -458,7 +459,7 @@ def test_between_its_end_and_the_data_the_noise_of_a_reference_is_that_at_its_en
     sampler = solvable(family)
     probe = make_probe(sampler.pipe)
     found = taught(sampler, steps=100, end=END)
-    end, between = (torch.tensor(END * s, dtype=torch.float64) * probe._path.first_node for s in (1, share))
+    end, between = (torch.tensor(END * s, dtype=torch.float64) * probe.path.first_node for s in (1, share))
     (alpha, sigma), (a, s) = (probe.path.alpha_sigma(node) for node in (end, between))
     noise = (found.at(probe.angle(end)) - alpha * found.final) / sigma
     torch.testing.assert_close(found.at(probe.angle(between)), a * found.final + s * noise, rtol=0, atol=3e-4)
@@ -468,9 +469,8 @@ def test_order_of_an_early_end_is_that_of_the_steps_before_it():
     sampler = solvable("flow")
     finals = [taught(sampler, steps=steps, end=END).final for steps in (40, 80, 400)]
     errors = [(final - finals[2]).square().mean().item() for final in finals[:2]]
-    assert (
-        math.log2(errors[0] / errors[1]) > 3.65
-    )  # of mse, second order at least; the last step has no error of its own
+    # of mse, second order at least: the last step has no error of its own
+    assert math.log2(errors[0] / errors[1]) > 3.65
 
 
 @pytest.mark.parametrize("name, steps", [("euler", 300), ("", 60), ("", 200)])
