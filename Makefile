@@ -40,7 +40,7 @@ test-slow: $(VENV)/.installed
 
 # every check on every pipeline, and the table of the README
 test-pipelines: $(VENV)/.installed
-	$(BIN)/python -m tests.conformance
+	$(BIN)/python -m tests.pipelines.conformance
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -48,30 +48,30 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed
-	$(BIN)/python -m tests.bench
+	$(BIN)/python -m tests.bench.step
 
 # what searches cost and bring, beside the paper's recipe: some hours on two cores; killed, it goes on
 bench-search: $(VENV)/.installed
-	$(BIN)/python -m tests.bench_search --output "$(RUNS)/bench-search"
-	$(BIN)/python -m tests.bench_search --output "$(RUNS)/bench-search" --ablation --seeds 0
-	$(BIN)/python -m tests.bench_search --memory
-	$(BIN)/python -m tests.bench_search --precision
-	$(BIN)/python -m tests.bench_guidance --output "$(RUNS)/bench-guidance"
-	$(BIN)/python -m tests.bench_freedom
+	$(BIN)/python -m tests.bench.search --output "$(RUNS)/bench-search"
+	$(BIN)/python -m tests.bench.search --output "$(RUNS)/bench-search" --ablation --seeds 0
+	$(BIN)/python -m tests.bench.search --memory
+	$(BIN)/python -m tests.bench.search --precision
+	$(BIN)/python -m tests.bench.guidance --output "$(RUNS)/bench-guidance"
+	$(BIN)/python -m tests.bench.freedom
 
 # throughput of two processes over one, on an idle machine
 bench-processes: $(VENV)/.installed
-	$(BIN)/python -m tests.bench_processes
+	$(BIN)/python -m tests.bench.processes
 
 # memory and time of FlowDCN beside DiT, by tokens
 bench-flowdcn: $(VENV)/.installed
-	$(BIN)/python -m tests.bench_flowdcn
+	$(BIN)/python -m tests.bench.flowdcn
 
 # the paper's findings in small: trains what is not there yet (40 minutes), then measures (three core-hours, `STUDY=--plan`
 # counts them); killed, it goes on. STUDY_DATA='--dataset_name parquet ..' reads CIFAR-10 from files
 study: $(VENV)/.installed
-	$(BIN)/python -m tests.study_models --models "$(RUNS)/study/models" $(STUDY_DATA)
-	$(BIN)/python -m tests.bench_study --models "$(RUNS)/study/models" --output "$(RUNS)/study" $(STUDY)
+	$(BIN)/python -m tests.study.models --models "$(RUNS)/study/models" $(STUDY_DATA)
+	$(BIN)/python -m tests.study.study --models "$(RUNS)/study/models" --output "$(RUNS)/study" $(STUDY)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
-from .config import (
+from .settings import (
     CardsConfig,
     CompareConfig,
     ConvertConfig,
@@ -25,16 +25,16 @@ from .config import (
 INTERRUPTED = 130  # what a shell reports of a command that Ctrl-C ended
 # settings, then the module that is imported only when its command is given, and what it calls
 COMMANDS: dict[str, tuple[type, str, str]] = {
-    "search": (SearchConfig, "run", "search"),
-    "compare": (CompareConfig, "compare", "compare"),
-    "merge": (MergeConfig, "merge", "merge"),
-    "export": (ExportConfig, "export", "export"),
-    "convert": (ConvertConfig, "convert", "convert"),
-    "evaluate": (EvaluateConfig, "evaluate", "evaluate"),
-    "plot": (PlotConfig, "plots", "plot"),
-    "report": (ReportConfig, "report", "report"),
-    "publish": (PublishConfig, "publish", "publish"),
-    "cards": (CardsConfig, "publish", "cards"),
+    "search": (SearchConfig, "methods.search", "search"),
+    "compare": (CompareConfig, "measure.compare", "compare"),
+    "merge": (MergeConfig, "artefacts.merge", "merge"),
+    "export": (ExportConfig, "artefacts.export", "export"),
+    "convert": (ConvertConfig, "checkpoints.convert", "convert"),
+    "evaluate": (EvaluateConfig, "measure.evaluate", "evaluate"),
+    "plot": (PlotConfig, "artefacts.plots", "plot"),
+    "report": (ReportConfig, "artefacts.report", "report"),
+    "publish": (PublishConfig, "artefacts.publish", "publish"),
+    "cards": (CardsConfig, "artefacts.publish", "cards"),
 }
 USAGE = (
     f"usage: python -m dssolver_search {{{','.join(COMMANDS)}}} [--config recipe.toml] [--key value ...]   "

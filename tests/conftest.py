@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib.util import find_spec, spec_from_file_location
+from importlib.util import spec_from_file_location
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -24,10 +24,8 @@ class SearchFromCheckout:
         return spec_from_file_location(name, init, submodule_search_locations=[str(init.parent)])
 
 
-if find_spec("diffusers_dssolver") is None:
-    sys.path.insert(0, str(ROOT))
-if find_spec("dssolver_search") is None:
-    sys.meta_path.append(SearchFromCheckout)
+sys.path.insert(0, str(ROOT))
+sys.meta_path.insert(0, SearchFromCheckout)  # the checkout, whatever is installed
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -59,7 +57,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Folder of a saved pipeline by family, tiny ones of random weights."""
-    from test_search import FAMILIES, make_pipe
+    from tests.search.test_search import FAMILIES, make_pipe
 
     folder = tmp_path_factory.mktemp("models")
     for family in FAMILIES:

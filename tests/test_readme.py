@@ -10,17 +10,17 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import conformance
 import pytest
 import torch
 from diffusers import DiTPipeline
-from pipeline_zoo import ZOO, make_dit, make_vae
 from safetensors.torch import load_file
 
 from diffusers_dssolver import DSSolverScheduler, published_solvers
 from diffusers_dssolver.pipelines import SiTPipeline
 from diffusers_dssolver.published import published_config
 from dssolver_search.cli import main
+from tests.pipelines import conformance
+from tests.pipelines.zoo import ZOO, make_dit, make_vae
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -106,7 +106,7 @@ def test_table_of_solvers_is_the_truth():
 
 
 def test_table_of_pipelines_is_the_last_run():
-    results = json.loads((ROOT / "tests" / "conformance.json").read_text(encoding="utf-8"))
+    results = json.loads((ROOT / "tests" / "pipelines" / "conformance.json").read_text(encoding="utf-8"))
     assert README.split("<!-- conformance -->\n")[1].split("\n\n")[0] == conformance.render(results)
     assert list(results["pipelines"]) == list(ZOO)
     assert f"<summary>{len(ZOO)} pipelines" in README

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from ..extractors import of_network
-from ..references import Statistics
-from ..state import read_tensors, write_tensors, write_text
+from ..images.features import of_network
+from ..images.real_images import Statistics
+from ..storage import read_tensors, write_tensors, write_text
 from .train import load_images
 
 NAME = "fashion-classifier"

@@ -1,0 +1,100 @@
+"""The `export` command: a solver for programs other than diffusers.
+
+`sigmas` prints the noise levels of one step count, for what takes a list of them (ComfyUI's sampler nodes, the `sigmas`
+argument of diffusers' flow pipelines): nodes only. `kdiffusion` writes the whole solver as one Python file
+(`sample_dssolver`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from pprint import pformat
+from typing import Any
+
+import torch
+
+from diffusers_dssolver import DSSolverScheduler, SolverSpec
+from diffusers_dssolver.paths import FlowPath
+
+from ..console import say
+from ..settings import ExportConfig
+from ..storage import write_text
+from .read import load_artefact
+
+TEMPLATE = "sample_dssolver.py"
+FILLED = "# FILLED by"
+
+
+def export(config: ExportConfig) -> None:
+    """Print or write it.
+
+    Raises:
+        ValueError: the solver, the step count or the file is at fault; nothing is written.
+    """
+    scheduler = load(config.solver, config.guidance_scale)
+    if config.format == "sigmas":
+        nfe = config.nfe[0] if len(config.nfe) == 1 else None
+        if nfe is None:
+            raise ValueError(f"nfe is {config.nfe}; give one step count for sigmas")
+        print(", ".join(f"{sigma:.9g}" for sigma in levels(scheduler, specs(scheduler, [nfe])[nfe])[0]))
+        say(
+            "nodes only: the searched weights, and the times that the network is fed, are lost; whatever runs on these "
+            "noise levels is not the solver that was measured (kdiffusion keeps all of it)"
+        )
+        return
+    file = Path(config.output_file)
+    if file.exists() and FILLED not in file.read_text(encoding="utf-8", errors="replace"):
+        raise ValueError(f"{file} is there and was not written by export; choose another --output_file")
+    write_text(file, source(scheduler, config.nfe))
+    print(f"written to {file}: sample_dssolver, sigmas_for")
+
+
+def load(solver: str, guidance_scale: float | None = None) -> DSSolverScheduler:
+    """A folder, Hub id or published name."""
+    return DSSolverScheduler.from_config({**load_artefact(solver), "guidance_scale": guidance_scale})
+
+
+def specs(scheduler: DSSolverScheduler, nfe: list[int]) -> dict[int, SolverSpec]:
+    """The tables of these step counts; none: all there are."""
+    if missing := sorted(set(nfe) - set(scheduler.tables)):
+        raise ValueError(
+            f"no table for {missing[0]} steps; there are tables for {', '.join(map(str, scheduler.tables))}"
+        )
+    return {n: scheduler._solvers[n] for n in sorted(nfe or scheduler.tables)}
+
+
+def levels(scheduler: DSSolverScheduler, spec: SolverSpec) -> tuple[list[float], list[float]]:
+    """N+1 noise levels of a table, and the N that the network is fed: sigma of flow, sigma / alpha of all others."""
+    path = scheduler._path
+
+    def of(nodes: torch.Tensor) -> list[float]:
+        alpha, sigma = path.alpha_sigma(nodes)
+        return (sigma if isinstance(path, FlowPath) else sigma / alpha).tolist()
+
+    nodes = torch.tensor(spec.nodes, dtype=torch.float64)
+    fed = nodes[:-1]
+    if spec.timesteps is not None:
+        fed = path.node(torch.tensor(spec.timesteps, dtype=torch.float64))
+    return of(nodes), of(fed)
+
+
+def source(scheduler: DSSolverScheduler, nfe: list[int]) -> str:
+    """The Python file with these tables in it."""
+    if scheduler.config.mean_decay is not None:
+        raise ValueError(
+            f"mean_decay is {scheduler.config.mean_decay}, which this file cannot do; take it out of the solver's file"
+        )
+    prediction = scheduler.config.prediction_type
+    solver: dict[str, Any] = {
+        "prediction": "flow" if isinstance(scheduler._path, FlowPath) else prediction,
+        "tables": {},
+    }
+    for n, spec in specs(scheduler, nfe).items():
+        sigmas, fed = levels(scheduler, spec)
+        solver["tables"][n] = {"sigmas": sigmas, "fed": fed, "coefficients": [list(row) for row in spec.coefficients]}
+    lines = (Path(__file__).parent / TEMPLATE).read_text(encoding="utf-8").splitlines()
+    [place] = [number for number, line in enumerate(lines) if FILLED in line]
+    lines[place] = (
+        f"{FILLED} `python -m dssolver_search export`\nSOLVER = {pformat(solver, width=110, sort_dicts=False)}"
+    )
+    return "\n".join(lines) + "\n"

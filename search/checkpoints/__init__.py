@@ -1,0 +1,1 @@
+"""Official checkpoints as diffusers pipelines."""

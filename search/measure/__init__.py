@@ -1,0 +1,1 @@
+"""How good a solver is, beside diffusers' own schedulers."""

@@ -1,0 +1,154 @@
+"""What searched solvers are compared with: diffusers' own schedulers, each as its documentation configures it for the
+model's family (flow or vp), in every node spacing and variant that it offers for few steps.
+
+Which of them is best depends on the model and the step count, so all are tried and the best is shown. Heun makes two
+network calls a step and gets half the steps. Align Your Steps is tried where diffusers ships a list for the model.
+
+Sources: the docstrings of diffusers 0.42 (UniPC: order 2 with guidance and 3 without, bh1 for fewer than 10 steps);
+Sabour et al., arXiv 2404.14507.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import diffusers
+from diffusers.schedulers import AysSchedules
+
+from diffusers_dssolver.config import is_flow
+
+from ..pipeline.stock import configured
+
+Options = dict[str, Any]
+KARRAS: Options = {"use_karras_sigmas": True}
+EXPONENTIAL: Options = {"use_exponential_sigmas": True}
+LOG_SNR: Options = {"use_lu_lambdas": True}
+PLAIN: dict[str, Options] = {"": {}}
+UNIPC = {**PLAIN, "bh1": {"solver_type": "bh1"}, "order 3": {"solver_order": 3}}
+ALIGNED = "Align Your Steps"
+STABLE_DIFFUSION = {
+    "num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stock:
+    """A scheduler of diffusers for one family: class name, fixed options, and its spacings and variants by name.
+
+    Attributes:
+        aligned: whether it also takes a list of times such as that of Align Your Steps.
+    """
+
+    cls: str
+    options: Options
+    spacings: Mapping[str, Options]
+    calls_per_step: int = 1
+    aligned: bool = False
+
+
+@dataclass(frozen=True)
+class Run:
+    """A scheduler that is to be run with one number of network calls.
+
+    Attributes:
+        spacing: of its nodes, and its variant; of ours, whether the table was searched or derived.
+        steps: what the pipeline is given as `num_inference_steps`.
+        configuration: class and options, for people.
+        call: further arguments of the pipeline's call that belong to this run.
+    """
+
+    name: str
+    nfe: int
+    spacing: str
+    scheduler: Any
+    steps: int
+    searched: bool
+    configuration: str
+    call: Options = field(default_factory=dict)
+
+
+def _vp(
+    cls: str, log_snr: Options, calls_per_step: int = 1, aligned: bool = False, variants: Any = PLAIN, **options: Any
+) -> Stock:
+    uniform = {"trailing": {"timestep_spacing": "trailing"}, "linspace": {"timestep_spacing": "linspace"}}
+    spacings = _varied({**uniform, "karras": KARRAS, "log-SNR": log_snr}, variants)
+    return Stock(cls, options, spacings, calls_per_step, aligned)
+
+
+def _flow(
+    cls: str, spacings: Mapping[str, Options], calls_per_step: int = 1, variants: Any = PLAIN, **options: Any
+) -> Stock:
+    return Stock(cls, options, _varied({"uniform": {}, **spacings}, variants), calls_per_step)
+
+
+def _varied(spacings: Mapping[str, Options], variants: Mapping[str, Options]) -> dict[str, Options]:
+    """Every spacing in every variant."""
+    return {
+        ", ".join(filter(None, (spacing, variant))): {**options, **more}
+        for variant, more in variants.items()
+        for spacing, options in spacings.items()
+    }
+
+
+VP: dict[str, Stock] = {
+    "unipc": _vp("UniPCMultistepScheduler", EXPONENTIAL, variants=UNIPC, solver_order=2),
+    "dpmpp_2m": _vp("DPMSolverMultistepScheduler", LOG_SNR, aligned=True, algorithm_type="dpmsolver++", solver_order=2),
+    "dpmpp_3m": _vp("DPMSolverMultistepScheduler", LOG_SNR, aligned=True, algorithm_type="dpmsolver++", solver_order=3),
+    "deis": _vp("DEISMultistepScheduler", EXPONENTIAL, solver_order=2),
+    "heun": _vp("HeunDiscreteScheduler", EXPONENTIAL, 2),
+    "euler": _vp("EulerDiscreteScheduler", EXPONENTIAL, aligned=True),
+}
+FLOW: dict[str, Stock] = {
+    "unipc": _flow("UniPCMultistepScheduler", {"karras": KARRAS}, variants=UNIPC, solver_order=2),
+    "dpmpp_2m": _flow("DPMSolverMultistepScheduler", {"karras": KARRAS, "log-SNR": LOG_SNR}, solver_order=2),
+    "dpmpp_3m": _flow("DPMSolverMultistepScheduler", {"karras": KARRAS, "log-SNR": LOG_SNR}, solver_order=3),
+    "deis": _flow("DEISMultistepScheduler", {"karras": KARRAS}, solver_order=2),
+    "heun": _flow("FlowMatchHeunDiscreteScheduler", {}, 2),
+    "euler": _flow("FlowMatchEulerDiscreteScheduler", {"karras": KARRAS, "log-SNR": EXPONENTIAL}),
+}
+
+
+def family(model_config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Stock]:
+    """Those of this name for a model, by its scheduler's configuration.
+
+    Raises:
+        ValueError: for a name that is none.
+    """
+    known = FLOW if is_flow(model_config) else VP
+    if missing := [name for name in names if name not in known]:
+        raise ValueError(f"scheduler {missing[0]!r} is unknown; known: {', '.join(known)}")
+    return {name: known[name] for name in names}
+
+
+def runs(name: str, stock: Stock, nfe: int, model_config: Mapping[str, Any], pipe: Any, accepted: Any) -> Iterator[Run]:
+    """All runs of one scheduler with so many network calls.
+
+    Args:
+        pipe: the pipeline, whose class tells which list of times is the model's.
+        accepted: names of the arguments that its call takes.
+    """
+    cls = getattr(diffusers, stock.cls)
+    steps = nfe if stock.calls_per_step == 1 else (nfe + 1) // 2  # Heun's last step is a single call
+    for spacing, options in stock.spacings.items():
+        given = {**stock.options, **options}
+        scheduler = configured(cls, model_config, **given)
+        yield Run(name, nfe, spacing, scheduler, steps, False, _described(stock.cls, given))
+    times = aligned_times(pipe, model_config)
+    if stock.aligned and len(times) == nfe and "timesteps" in accepted:
+        scheduler = configured(cls, model_config, **stock.options)
+        text = _described(stock.cls, {**stock.options, "timesteps": ALIGNED})
+        yield Run(name, nfe, ALIGNED, scheduler, steps, False, text, {"timesteps": times})
+
+
+def aligned_times(pipe: Any, model_config: Mapping[str, Any]) -> list[int]:
+    """The list of Align Your Steps that diffusers ships for a model, none if it is for others."""
+    if any(model_config.get(key) != value for key, value in STABLE_DIFFUSION.items()):
+        return []
+    kind = "StableDiffusionXL" if "StableDiffusionXL" in type(pipe).__name__ else "StableDiffusion"
+    return list(AysSchedules[f"{kind}Timesteps"])
+
+
+def _described(cls: str, options: Options) -> str:
+    return f"{cls}({', '.join(f'{key}={value}' for key, value in options.items())})"

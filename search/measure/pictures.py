@@ -1,0 +1,151 @@
+"""Pictures of comparisons.
+
+Colour-blind safe (Okabe-Ito, viridis), readable at the width of a card (8 inches for 800 pixels), light and dark.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+from torch import Tensor
+
+from ..settings import CompareConfig
+from .results import Result
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#F0E442")
+
+
+MARKERS = "osD^vPX*"
+
+
+STYLE = {
+    "font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
+    "svg.hashsalt": "dssolver",
+}  # fmt: skip
+
+
+WIDTH = 8.0
+
+
+NUMBER = float | int
+
+
+def comparison_picture(results: Sequence[Result], config: CompareConfig, reference: Sequence[Any], file: Path) -> None:
+    """Schedulers by rows, NFE by columns, the same samples in every cell; the converged reference on top."""
+    names = list(dict.fromkeys(r.scheduler for r in results))
+    by = {(r.scheduler, r.nfe): r for r in results}
+    strips = {key: strip(r.pictures) for key, r in by.items()}
+    top = strip(reference)
+    height, width = top.shape[:2]
+    columns = len(config.nfe)
+    figure = Figure(figsize=(2.2 + 4.2 * columns, (len(names) + 1) * (4.2 * height / width + 0.32) + 0.3), dpi=140)
+    axes = figure.subplots(len(names) + 1, columns, squeeze=False)
+    for column, nfe in enumerate(config.nfe):
+        for row, name in enumerate([None, *names]):
+            axis = axes[row][column]
+            axis.imshow(
+                top if name is None else strips[name, nfe], cmap="gray", vmin=0, vmax=255, interpolation="nearest"
+            )
+            axis.set_xticks([])
+            axis.set_yticks([])
+            for spine in axis.spines.values():
+                spine.set_visible(False)
+            if name is None:
+                axis.set_title(f"NFE {nfe}", fontsize=12, fontweight="bold")
+            else:
+                axis.set_xlabel(f"mse {by[name, nfe].mse:.2g}", fontsize=9, labelpad=2)
+            if column == 0:
+                text = f"reference\n{config.reference_steps} steps" if name is None else name
+                weight = "bold" if name and by[name, nfe].searched else "normal"
+                axis.set_ylabel(text, rotation=0, ha="right", va="center", fontsize=11, fontweight=weight)
+    figure.tight_layout(h_pad=0.4)
+    figure.savefig(file, facecolor="white")
+
+
+def error_curves(results: Sequence[Result], file: Path) -> None:
+    """`error_figure`, light, in a file."""
+    file.write_bytes(rendered(functools.partial(error_figure, [vars(r) for r in results])))
+
+
+def rendered(draw: Drawing, dark: bool = False, kind: str = "png") -> bytes:
+    """One variant of a picture as a "png" or "svg" file; the same bytes from the same data."""
+    text, faint, background = ("#e6edf3", "#3d444d", "#0d1117") if dark else ("#1f2328", "#d1d9e0", "#ffffff")
+    style = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), text)
+    style |= dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), background)
+    file = io.BytesIO()
+    with matplotlib.rc_context({**style, "grid.color": faint, **STYLE}):
+        draw(dark).savefig(file, format=kind, dpi=200, metadata={"Date": None} if kind == "svg" else None)
+    return file.getvalue()
+
+
+def error_figure(results: Iterable[Mapping[str, Any]], dark: bool = False) -> Figure:
+    """Final-state mse against NFE, logarithmic; searched solvers drawn strong.
+
+    Args:
+        results: of a comparison.json.
+    """
+    figure = Figure(figsize=(WIDTH, 4.4), layout="constrained")
+    axis = figure.subplots()
+    lines: dict[str, list[Mapping[str, Any]]] = {}
+    for result in results:
+        lines.setdefault(result["scheduler"], []).append(result)
+    for i, (name, line) in enumerate(lines.items()):
+        points = sorted((r["nfe"], r["mse"]) for r in line if positive(r["mse"]))
+        strong = any(r["searched"] for r in line)
+        colour = COLOURS[i % len(COLOURS)]
+        axis.plot(
+            [nfe for nfe, _ in points], [mse for _, mse in points],
+            label=name.replace("$", r"\$"),  # no formula
+            color=matplotlib.rcParams["text.color"] if colour == "#000000" else colour,
+            marker=MARKERS[i % len(MARKERS)], linewidth=2.6 if strong else 1.3, linestyle="-" if strong else "--",
+        )  # fmt: skip
+    axis.set_yscale("log")
+    axis.set_xlabel("network calls (NFE)")
+    axis.set_ylabel("final-state mse")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.grid(True, which="both", alpha=0.5)
+    figure.legend(loc="outside right upper", frameon=False)
+    return figure
+
+
+def positive(value: Any) -> bool:
+    """Whether it is a number that a logarithmic axis can show."""
+    return isinstance(value, float | int) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _shades(count: int, dark: bool) -> np.ndarray:
+    """Colours (count, 4) from few calls to many, without those that the background swallows."""
+    return matplotlib.colormaps["viridis"](np.linspace(*((0.3, 1.0) if dark else (0.0, 0.8)), count))
+
+
+def strip(pictures: Sequence[np.ndarray]) -> np.ndarray:
+    """Images (H, W, C) uint8 side by side, (H, sum of W, 3); of a video (F, H, W, C) its middle frame."""
+    images = [p[len(p) // 2] if p.ndim == 4 else p for p in pictures]
+    whole = np.concatenate(images, axis=1)
+    return np.broadcast_to(whole, (*whole.shape[:2], 3))
+
+
+def as_uint8(picture: Any) -> Tensor:
+    """An image (H, W, C), or the frames of a video (F, H, W, C), as a pipeline returns them: of Pillow, or arrays in
+    [0, 1]."""
+    if isinstance(picture, list):
+        return torch.stack([as_uint8(frame) for frame in picture])
+    if isinstance(picture, Image.Image):
+        array = np.array(picture if picture.mode in ("L", "RGB") else picture.convert("RGB"))
+        return torch.from_numpy(array.reshape(*array.shape[:2], -1))
+    values = torch.as_tensor(picture).detach().float().cpu()
+    return (values * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+Drawing = Callable[[bool], Figure]  # of the dark variant, or the light one

@@ -1,0 +1,1 @@
+"""How a solver is found."""

@@ -1,0 +1,1 @@
+"""Any diffusers pipeline as a function of a solver."""

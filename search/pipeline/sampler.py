@@ -1,0 +1,252 @@
+"""A diffusers pipeline as the search and the comparison see it: samples in, states out, network calls counted.
+
+A sample is an index; its noise comes from a generator of its own and its condition from its index, so that neither
+the batch nor the number of processes it is run in changes it. No pipeline is known by name: conditions follow from
+the signature of its call, the denoiser from the components that take a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .loading import DENOISER_NAMES
+from .prompts import PROMPT, PromptMemo
+
+SIDE_NAMES = ("controlnet", "adapter", "motion_adapter")  # networks that take a time and help another denoise
+NOT_TIMED = ("encoder", "vae", "movq")  # parts of names of components that are not called once a step
+INPUT_NAMES = ("hidden_states", "sample", "x")  # of a denoiser's noisy input
+CLASS_COUNTS = ("num_embeds_ada_norm", "num_classes", "num_class_embeds")  # keys of a denoiser's configuration
+OWN_ARGUMENTS = ("generator", "num_inference_steps")
+FINGERPRINTED = 16  # samples whose conditions count where nobody says which samples are meant
+
+
+def spread_classes(count: int, indices: Sequence[int]) -> list[int]:
+    """Class of each sample: all `count` classes equally often, few samples from all over them (which may be sorted by
+    kind), in strides of a 32nd of the classes."""
+    stride = next(k for k in range(max(count // 32, 1), count + 1) if math.gcd(k, count) == 1)
+    return [i * stride % count for i in indices]
+
+
+class Sampler:
+    """Runs a pipeline's own call on chosen samples with a chosen scheduler.
+
+    Args:
+        pipe: the pipeline.
+        call: further arguments of its call (`guidance_scale`, `height`, ...), the same for every run.
+        prompts: for pipelines that take a prompt; sample i gets prompt i modulo their number.
+        seed: of all noise.
+        conditions: indices -> call arguments that belong to these samples, such as embeddings made beforehand; in
+            the place of class labels and prompts.
+        guidance_scales: several, that samples take in turn: sample i that of place i modulo their number.
+
+    Attributes:
+        network_evaluations: samples that went through the denoiser so far, a guided call counting its doubled batch.
+        network_calls: calls of the denoiser so far.
+        denoisers: the networks that are counted.
+        timed: every network that takes a time: these, and such as a ControlNet.
+        not_made: of a denoiser that is being called, whether its output is at hand, so that the call does not count.
+
+    Raises:
+        ValueError: for arguments that the call does not take, or conditions that nothing says.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        call: Mapping[str, Any] | None = None,
+        prompts: Sequence[str] = (),
+        seed: int = 0,
+        conditions: Callable[[Sequence[int]], Mapping[str, Any]] | None = None,
+        guidance_scales: Sequence[float] = (),
+    ):
+        self.guidance_scales = list(guidance_scales)
+        self.pipe, self.call, self.prompts, self.seed = pipe, dict(call or {}), list(prompts), seed
+        self._given = conditions
+        self.network_evaluations = self.network_calls = 0
+        self.not_made: Callable[[nn.Module], bool] = lambda module: False
+        self.accepted = inspect.signature(pipe.__call__).parameters
+        self.timed = _timed_networks(pipe)
+        self.denoisers = [m for name, m in self.timed.items() if not name.startswith(SIDE_NAMES)]
+        self._check()
+        self._encoded = PromptMemo(pipe)
+        for module in self.denoisers:
+            module.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def _check(self) -> None:
+        name = type(self.pipe).__name__
+        guidance = {"guidance_scale"} if self.guidance_scales else set()
+        if unknown := sorted((set(self.call) | guidance) - set(self.accepted)):
+            raise ValueError(f"{name} takes no argument {unknown[0]!r}; it takes: {', '.join(self.accepted)}")
+        if guidance & set(self.call):
+            raise ValueError("guidance_scale and guidance_scales are both given; give one")
+        if not self.denoisers:
+            raise ValueError(f"{name} has no denoiser among its components ({', '.join(self.pipe.components)})")
+        chosen = set() if self._given else {"class_labels", "prompt", "batch_size"}
+        if taken := sorted(set(self.call) & {*OWN_ARGUMENTS, *chosen}):
+            raise ValueError(f"{taken[0]!r} is chosen sample by sample; leave it out of the call's arguments")
+        if self._given or "class_labels" in self.accepted:
+            return
+        if "prompt" in self.accepted and not self.prompts:
+            raise ValueError(f"{name} takes prompts; give a text file as prompts_file, or a prompts_dataset")
+        if not {"prompt", "batch_size"} & set(self.accepted):
+            raise ValueError(f"{name} takes neither class_labels nor prompt nor batch_size; give it conditions")
+
+    def _count(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not self.not_made(module):
+            self.network_calls += 1
+            self.network_evaluations += _batch_size(args, kwargs)
+
+    def conditions(self, indices: Sequence[int]) -> dict[str, Any]:
+        """The call arguments that belong to these samples."""
+        if self._given is not None:
+            return dict(self._given(indices))
+        if "class_labels" in self.accepted:
+            return {"class_labels": spread_classes(self._classes(), indices)}
+        if "prompt" in self.accepted:
+            one_for_all = {k: [v] * len(indices) for k, v in self.call.items() if _is_text(k, v)}
+            return {**one_for_all, "prompt": [self.prompts[i % len(self.prompts)] for i in indices]}
+        return {"batch_size": len(indices)}
+
+    def groups(self, indices: Sequence[int]) -> list[list[int]]:
+        """Places in `indices` of samples that one pipeline call can take: those with the same guidance."""
+        scales = [self.guidance_of([i]) for i in indices]
+        return [[k for k, scale in enumerate(scales) if scale == one] for one in dict.fromkeys(scales)]
+
+    def in_groups(self, indices: Sequence[int], run: Callable[[Sequence[int], int], list[Tensor]]) -> list[Tensor]:
+        """What `run` gives for each group of these samples (their indices, the group's number), a list of tensors
+        (B, ...), put together in the order of the samples."""
+        groups = self.groups(indices)
+        if len(groups) == 1:
+            return run(indices, 0)
+        parts = [run([indices[k] for k in group], number) for number, group in enumerate(groups)]
+        order = torch.tensor([k for group in groups for k in group]).argsort()
+        return [
+            torch.cat([x[: len(group)] for x, group in zip(tensors, groups, strict=True)])[order]
+            for tensors in zip(*parts, strict=True)
+        ]
+
+    def guidance_of(self, indices: Sequence[int]) -> float | None:
+        """The guidance scale of samples that have one in common, if it is a matter of samples.
+
+        Raises:
+            ValueError: they have several.
+        """
+        if not self.guidance_scales:
+            return None
+        scales = {self.guidance_scales[i % len(self.guidance_scales)] for i in indices}
+        if len(scales) > 1:
+            raise ValueError(f"samples of several guidance scales ({scales}) cannot share a call")
+        return scales.pop()
+
+    def _classes(self) -> int:
+        for module in self.denoisers:
+            for key in CLASS_COUNTS:
+                if count := getattr(getattr(module, "config", None), key, None):
+                    return count
+        raise ValueError(
+            f"no denoiser of {type(self.pipe).__name__} says how many classes there are ({', '.join(CLASS_COUNTS)} in "
+            "its configuration); give it conditions"
+        )
+
+    def generators(self, indices: Sequence[int], split: str) -> list[torch.Generator]:
+        """One generator a sample, keyed by (seed, split, index)."""
+        keys = [f"{self.seed}/{split}/{i}".encode() for i in indices]
+        seeds = [int.from_bytes(hashlib.sha256(key).digest()[:7], "big") for key in keys]
+        return [torch.Generator("cpu").manual_seed(s) for s in seeds]
+
+    @contextmanager
+    def using(self, scheduler: Any) -> Iterator[None]:
+        """The pipeline with another scheduler, its own put back afterwards."""
+        before, self.pipe.scheduler = self.pipe.scheduler, scheduler
+        try:
+            yield
+        finally:
+            self.pipe.scheduler = before
+
+    def __call__(self, indices: Sequence[int], split: str, num_inference_steps: int, **extra: Any) -> Any:
+        """One call of the pipeline on these samples."""
+        scale = self.guidance_of(indices)
+        guidance = {} if scale is None else {"guidance_scale": scale}
+        arguments = {**self.call, **guidance, **self.conditions(indices), **extra}
+        with self._encoded.used(extra):
+            return self.pipe(
+                num_inference_steps=num_inference_steps, generator=self.generators(indices, split), **arguments
+            )
+
+    def fingerprint(self, indices: Sequence[int] = range(FINGERPRINTED)) -> dict[str, Any]:
+        """What a reference trajectory of these samples depends on: weights, noise schedule, call, conditions, seed;
+        plain data."""
+        digests = []
+        for name, module in self.pipe.components.items():
+            if isinstance(module, nn.Module):
+                digest = hashlib.sha256(name.encode())
+                for parameter in module.parameters():
+                    digest.update(_bytes(parameter))
+                digests.append(digest.hexdigest())
+        scheduler = {k: v for k, v in self.pipe.scheduler.config.items() if not k.startswith("_")}
+        prompts = hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()
+        given = _digest(self._given(indices)) if self._given else None
+        facts = [digests, scheduler, self.call, prompts, given, self.seed]
+        facts += [self.guidance_scales] if self.guidance_scales else []
+        text = json.dumps(facts, sort_keys=True, default=str)
+        return {"pipeline": type(self.pipe).__name__, "key": hashlib.sha256(text.encode()).hexdigest()[:16]}
+
+
+def _timed_networks(pipe: Any) -> dict[str, nn.Module]:
+    """Components that are called once a step, by name: their forward takes a time, or they are named like it."""
+
+    def takes_time(name: str, module: nn.Module) -> bool:
+        if any(part in name for part in NOT_TIMED):
+            return False
+        return name.startswith(DENOISER_NAMES) or any(
+            p.startswith("timestep") for p in inspect.signature(module.forward).parameters
+        )
+
+    networks = {name: m for name, m in pipe.components.items() if isinstance(m, nn.Module)}
+    return {name: m for name, m in networks.items() if takes_time(name, m)}
+
+
+def _batch_size(args: tuple, kwargs: Mapping[str, Any]) -> int:
+    """Samples in one call of a denoiser, which takes a tensor (B, ...) or a list of B tensors."""
+    for value in (*(kwargs[name] for name in INPUT_NAMES if name in kwargs), *args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.ndim > 1:
+            return value.shape[0]
+        if isinstance(value, (list, tuple)) and value and all(isinstance(v, Tensor) for v in value):
+            return len(value)
+    return 1
+
+
+def _is_text(name: str, value: Any) -> bool:
+    """Whether a call argument is a prompt for all samples, which pipelines want once a sample."""
+    return isinstance(value, str) and PROMPT.fullmatch(name) is not None
+
+
+def _digest(value: Any) -> str:
+    """Of nested containers of tensors, arrays, pictures, texts and numbers."""
+    if isinstance(value, Mapping):
+        parts = [part for k, v in sorted(value.items()) for part in (str(k), _digest(v))]
+        return hashlib.sha256("/".join(parts).encode()).hexdigest()
+    if isinstance(value, (list, tuple)):
+        return hashlib.sha256("/".join(map(_digest, value)).encode()).hexdigest()
+    if isinstance(value, Tensor):
+        data = _bytes(value)
+    elif isinstance(value, np.ndarray) or hasattr(value, "tobytes"):  # arrays and pictures
+        data = value.tobytes()
+    else:
+        data = repr(value).encode()
+    shape = tuple(getattr(value, "shape", getattr(value, "size", ())) or ())
+    return hashlib.sha256(f"{type(value).__name__}{shape}".encode() + data).hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()

@@ -1,0 +1,1 @@
+"""Converged trajectories, their estimated error, and where they end."""

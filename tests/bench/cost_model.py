@@ -1,0 +1,196 @@
+"""What a search costs on large models: `python -m tests.cost_model [--peak 989] [--utilisation 0.4] [--update]`.
+
+Counted: size and FLOPs of each denoiser (on the meta device, no weights), network evaluations by formulas that the
+tests hold against searches, idle GPUs. Assumed, not measured: the FLOP/s of a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
+
+from dssolver_search.methods.closed_form import KEEP, RIDGE_FACTORS, fits_of
+from dssolver_search.methods.gauss_newton import DAMPINGS
+from dssolver_search.settings import SearchConfig
+from dssolver_search.teacher.trajectories import CONVERGENCE_SAMPLES
+
+README = Path(__file__).resolve().parents[2] / "search" / "README.md"
+BEGIN, END = "<!-- cost -->\n", "<!-- /cost -->"
+PEAK, UTILISATION = 989.0, 0.4  # TFLOP/s of an H100, bfloat16, dense; the share of it that is reached
+GPUS = (1, 8, 32, 512)
+Work = tuple[str, int, int]  # stage; samples, which are shared out over the GPUs; calls of each, one after the other
+
+
+class Model(NamedTuple):
+    """A denoiser at 1024 x 1024; network evaluations of a call; input shapes of one sample, the latent first."""
+
+    name: str
+    kind: Callable[..., Any]
+    config: dict[str, Any]
+    guided: int
+    inputs: dict[str, Any]
+
+
+UNET = {"sample_size": 128, "block_out_channels": (320, 640, 1280), "transformer_layers_per_block": [1, 2, 10],
+        "attention_head_dim": [5, 10, 20], "cross_attention_dim": 2048, "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256, "use_linear_projection": True, "projection_class_embeddings_input_dim": 2816,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")}  # fmt: skip
+MEDIUM = {"sample_size": 128, "num_layers": 24, "num_attention_heads": 24, "attention_head_dim": 64,
+          "joint_attention_dim": 4096, "pooled_projection_dim": 2048, "caption_projection_dim": 1536,
+          "dual_attention_layers": tuple(range(13)), "pos_embed_max_size": 384, "qk_norm": "rms_norm"}  # fmt: skip
+LARGE = {**MEDIUM, "num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432,
+         "dual_attention_layers": (), "pos_embed_max_size": 192}  # fmt: skip
+TO_UNET = {"sample": (1, 4, 128, 128), "timestep": (1,), "encoder_hidden_states": (1, 77, 2048),
+           "added_cond_kwargs": {"text_embeds": (1, 1280), "time_ids": (1, 6)}}  # fmt: skip
+TO_SD3 = {"hidden_states": (1, 16, 128, 128), "timestep": (1,), "encoder_hidden_states": (1, 77 + 256, 4096),
+          "pooled_projections": (1, 2048)}  # fmt: skip
+TO_FLUX = {"hidden_states": (1, 4096, 64), "timestep": (1,), "guidance": (1,), "encoder_hidden_states": (1, 512, 4096),
+           "pooled_projections": (1, 768), "img_ids": (4096, 3), "txt_ids": (512, 3)}  # fmt: skip
+MODELS = (
+    Model("SDXL", UNet2DConditionModel, UNET, 2, TO_UNET),
+    Model("SD3.5-medium", SD3Transformer2DModel, MEDIUM, 2, TO_SD3),
+    Model("SD3.5-large", SD3Transformer2DModel, LARGE, 2, TO_SD3),
+    Model("FLUX.1-dev", FluxTransformer2DModel, {"guidance_embeds": True}, 1, TO_FLUX),
+)
+
+
+def measured(model: Model) -> tuple[int, dict[str, int]]:
+    """Numbers in a checkpoint, SD3's positions among them; FLOPs of one sample's forward by operator."""
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network = model.kind(**model.config).eval()
+        network(**pytree.tree_map(torch.zeros, model.inputs, is_leaf=lambda shape: isinstance(shape, tuple)))
+    count = {str(op).removeprefix("aten."): n for op, n in counter.get_flop_counts()["Global"].items()}
+    return sum(t.numel() for t in network.state_dict().values()), count
+
+
+def numbers(n: int) -> int:
+    """Searched at N calls: step sizes, coefficients, times."""
+    return (n - 1) + n * (n - 1) // 2 + n
+
+
+def moved(n: int) -> int:
+    """Network calls of one difference of each number: those that it reaches, the others are replayed."""
+    return (n - 1) ** 2 + n * (n - 1) * (n - 2) // 6 + n * (n + 1) // 2  # step sizes, coefficients, times
+
+
+def polish(c: SearchConfig, n: int) -> list[Work]:
+    """Where it stands (the first call is known at first), what the differences move, N where it arrived; held out, N
+    per damping and iteration."""
+    works = [("polish", c.num_train_samples, c.polish * (n + moved(n)) - 1 + n)]
+    return [*works, ("held out", c.num_validation_samples, c.polish * len(DAMPINGS) * n)]
+
+
+def fitted(c: SearchConfig, n: int) -> list[Work]:
+    """The search of a warp, all trials spent (those beyond the largest warp cost nothing); each set of samples has its
+    first call in common."""
+    train, held_out = c.num_train_samples, c.num_validation_samples
+    few, judged = min(c.num_trial_samples, train), min(KEEP, c.trials) + len(RIDGE_FACTORS)
+    trials, fits = fits_of(c.trials, c.starts)
+    works = [("trial fits", few, 1 + trials * (n - 1)), ("final fits", train, 1 + fits * (n - 1))]
+    return [*works, ("held out", held_out, 1 + judged * (n - 1))]
+
+
+def solver(c: SearchConfig, n: int) -> list[Work]:
+    """One table: every polish kept, no early end."""
+    train, held_out = c.num_train_samples, c.num_validation_samples
+    if c.method == "paper":  # whole batches; 3 a differentiated call, nothing recomputed
+        updates = math.ceil(c.num_generated_samples / c.train_batch_size)
+        works = [("paper", c.train_batch_size, updates * (c.reference_steps + 3 * n))]
+        return [*works, ("held out", held_out, 1 + math.ceil(updates / c.validation_steps) * (n - 1))]
+    works = fitted(c, n) + (polish(c, n) if c.polish and n <= c.polish_nfe else [])
+    if c.method == "gradient":  # 4 a call: forward, recomputation, 2 for backward; L-BFGS makes one call for its scale
+        works += [("gradient", train, 4 * n * (c.gradient_calls + (c.optimizer == "lbfgs")))]
+        works += [("held out", held_out, c.gradient_calls * n)]
+    return works
+
+
+def filled(c: SearchConfig, n: int) -> list[Work]:
+    """One table: a fit (below the fewest calls searched, a search), polished if that is cheap, and derived solvers
+    beside it, two between searched counts."""
+    derived = 2 if min(c.nfe) < n < max(c.nfe) else 1
+    works = [("filled", c.num_train_samples, n), ("held out", c.num_validation_samples, n)]
+    works = fitted(c, n) if n < min(c.nfe) else works
+    works += [("held out", c.num_validation_samples, derived * n)]
+    return works + (polish(c, n) if c.polish and n <= c.fill_polish_nfe else [])
+
+
+def search(c: SearchConfig) -> list[Work]:
+    """All of it but the preflight and what is measured at counts between tables (none at the defaults)."""
+    by_paper, train, held_out, nfe = c.method == "paper", c.num_train_samples, c.num_validation_samples, set(c.nfe)
+    others = {*range(c.fill_nfe[0], c.fill_nfe[1] + 1)} - nfe if c.fill_nfe and not by_paper else set()
+    works = [("teacher", 0 if by_paper else train, c.teacher_steps), ("teacher, held out", held_out, c.teacher_steps)]
+    works += [("its estimate", 1, CONVERGENCE_SAMPLES * 3 * c.teacher_steps)]  # all of it in every process
+    works += [work for n in sorted(nfe) for work in solver(c, n)] + [work for n in others for work in filled(c, n)]
+    return [*works, ("held out", held_out, 3 * sum(n - 1 for n in nfe | others))]  # every table: three classical ones
+
+
+def busiest(works: list[Work], gpus: int = 1) -> int:
+    """Calls times samples of the GPU with the most samples."""
+    return sum(math.ceil(samples / gpus) * calls for _, samples, calls in works)
+
+
+def reduced_bytes(n: int) -> tuple[int, int, int]:
+    """Summed over processes at once: by the fit of the last row, a descent call, a polish iteration."""
+    return 8 * (n - 1) * n, 8 * (numbers(n) + 1), 8 * (numbers(n) ** 2 + numbers(n))
+
+
+def table(*rows: tuple[Any, ...]) -> str:
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:], ""])
+
+
+def report(peak: float = PEAK, utilisation: float = UTILISATION) -> str:
+    c = SearchConfig("model", "folder", nfe=[5, 6, 8, 10])
+    settings = c, replace(c, method="gradient"), replace(c, method="paper", nfe=[10])
+    runs = {s.method: search(s) for s in settings}
+    most = min(c.num_trial_samples, c.num_train_samples, c.num_validation_samples)  # each process needs one of all
+    cached = (c.teacher_steps + 1) * (c.num_train_samples + c.num_validation_samples)
+    models = [("", "numbers", "TFLOPs", "in attention", "seconds (assumed)", "teacher cache", "polish Jacobian")]
+    costs = [("", "method", "evaluations", *(f"hours on {g}" for g in GPUS), f"idle of {GPUS[-1]}")]
+    for model in MODELS:
+        size, count = measured(model)
+        total, latent = sum(count.values()), 4 * math.prod(next(iter(model.inputs.values()))) / 1e9
+        second, share = total / (peak * 1e12 * utilisation), count["bmm"] / total  # every bmm is of attention
+        memory = f"{latent * cached:.1f} GB", f"{latent * min(c.batch_size, c.num_train_samples) * numbers(10):.1f} GB"
+        models += [(model.name, f"{size / 1e9:.2f} B", f"{total / 1e12:.1f}", f"{share:.0%}", f"{second:.3f}", *memory)]
+        for method, works in runs.items():
+            hours = [model.guided * second * busiest(works, g) / 3600 for g in GPUS]
+            cells = f"{model.guided * busiest(works):,}", *(f"{h:.3g}" for h in hours)
+            costs += [(model.name, method, *cells, f"{1 - hours[0] / (GPUS[-1] * hours[-1]):.0%}")]
+    shares = [("stage", "samples", *(f"calls, {method}" for method in runs), *(f"idle of {g}" for g in GPUS[1:]))]
+    for stage, samples in dict.fromkeys(work[:2] for works in runs.values() for work in works if work[1]):
+        calls = [sum(w[2] for w in works if w[:2] == (stage, samples)) for works in runs.values()]
+        shares += [(stage, f"{samples}", *(f"{n:,}" for n in calls), *(f"{max(g - samples, 0)}" for g in GPUS[1:]))]
+    row, descent, polished = reduced_bytes(10)
+    notes = f"""\
+Hours = sum over stages (calls x ceil(samples / GPUs)) x evaluations a call x FLOPs / {peak:g}e12 / {utilisation} / 3600
+More than {most} processes are refused at these settings; the columns of {GPUS[-1]} GPUs ignore that.
+At 10 calls processes sum {row} bytes for the last row, {descent} for a gradient, {polished:,} for a polish iteration.
+"""
+    return "\n".join([table(*models), table(*costs), table(*shares), notes])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--peak", type=float, default=PEAK, help="TFLOP/s of a GPU")
+    parser.add_argument("--utilisation", type=float, default=UTILISATION, help="share of it that is reached")
+    parser.add_argument("--update", action="store_true", help="put the result into search/README.md")
+    given = parser.parse_args()
+    print(text := report(given.peak, given.utilisation))
+    if given.update:
+        before, rest = README.read_text(encoding="utf-8").split(BEGIN)
+        README.write_text(before + BEGIN + text + END + rest.split(END)[1], encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
