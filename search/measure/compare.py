@@ -34,7 +34,7 @@ from ..pipeline.prompts import prompts_of
 from ..pipeline.sampler import Sampler
 from ..settings import CompareConfig
 from ..storage import Kept, kept, remove_partial_files, write_text
-from ..teacher.trajectories import model_itself
+from ..teacher.ends import model_itself
 from .baselines import Run, family, runs
 from .pictures import as_uint8, comparison_picture, error_curves, strip
 from .results import ERRORS, Result, _name, _plain, details, interval, psnr, table

@@ -24,7 +24,7 @@ from diffusers_dssolver.figures import told_end
 from ..console import one_line, say
 from ..settings import CompareConfig, EvaluateConfig, ModelConfig
 from ..storage import Kept, kept
-from ..teacher.trajectories import model_itself
+from ..teacher.ends import model_itself
 from .baselines import Run
 from .compare import Comparison
 from .pictures import as_uint8

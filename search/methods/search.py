@@ -9,9 +9,9 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,27 +24,32 @@ from tqdm.auto import tqdm
 
 from diffusers_dssolver import DSSolverScheduler
 from diffusers_dssolver.card import without_paths
+from diffusers_dssolver.derive import from_neighbours
 from diffusers_dssolver.solver import SolverSpec
 
 from ..console import say
 from ..images.networks import load_feature_network
 from ..pipeline.loading import load_pipeline
-from ..pipeline.probe import ProbeScheduler, run
+from ..pipeline.plan import Plan
 from ..pipeline.prompts import prompts_of
-from ..pipeline.replay import uncounted
 from ..pipeline.sampler import Sampler
+from ..pipeline.student import Student
 from ..processes import from_main, reduced
-from ..settings import PERCEPTUAL, STARTS, SearchConfig
+from ..settings import GROUPS, PERCEPTUAL, SearchConfig
 from ..storage import Damaged, Journal, drop_torn_line, read_record, remove_partial_files, write_record, write_text
-from ..teacher.trajectories import Convergence, Reference, Teacher, convergence, reference
-from .closed_form import IDENTITY, Candidate, ClosedForm, Samples, comparable, fits_of, warped_nodes
-from .gauss_newton import Polish, around, polish
-from .gradient import Descent
-from .objective import OBJECTIVES, paper_loss
+from ..teacher.convergence import Convergence, convergence
+from ..teacher.ends import check_end, even_nodes
+from ..teacher.trajectories import Teacher, teacher_trajectory
+from .closed_form import IDENTITY, Fits, closed_form, fitted, validated, warped_nodes
+from .gauss_newton import parametrised, polish
+from .gradient import gradient
+from .log import Log
+from .objective import paper_loss
 from .paper import fit
-from .parameters import PaperParameters
-from .perceptual import MOST_CALLS, Perceptual, PerceptualDescent
+from .parameters import PaperParameters, current
+from .perceptual import MOST_CALLS, Perceptual
 from .preflight import preflight
+from .problem import Candidate, Problem, Samples, comparable
 
 SOLVER_KEYS = ("nodes", "timesteps", "coefficients")
 # of a solver that the pipeline already had
@@ -56,49 +61,67 @@ OWN_KEYS = (
 RECORDED = (
     "kind", "source", "validation_mse", "classical_mse", "rejected", "warp", "ridge", "parameters", "stages"
 )  # fmt: skip
-DERIVED = ("validation_mse_classical", "validation_mse_corrections")
 SCHEDULER, METRICS = "scheduler_config.json", "metrics.jsonl"
 STATE, PREVIOUS, JOURNAL = "search_state.json", "search_state.previous.json", "trials.jsonl"
 # neither what a solver is fitted to nor how
 NOT_IN_KEY = ("nfe", "output_dir", "batch_size", "fill_nfe", "resume_from_checkpoint")
 
 
-@dataclass
-class ResumableForm(ClosedForm):
-    """A closed form whose finished fits are kept, so that the search inside one NFE is replayed, not done again.
+class SearchLog(Log):
+    """Files, progress bars and the journal of one search.
 
-    Args:
-        journal: where they are kept.
-        count: network evaluations so far, over all processes.
-        on_known: called in place of `on_trial`, with a kept candidate and the evaluations that it took.
+    Attributes:
+        stages: of the solver that is being searched.
     """
 
-    journal: Journal | None = None
-    count: Callable[[], int] = field(default=lambda: 0)
-    on_known: Callable[[Candidate, int], None] = field(default=lambda candidate, evaluations: None)
+    def __init__(self, search: Search) -> None:
+        self.search, self.quiet = search, not search.accelerator.is_main_process
+        self.stages: list[dict[str, Any]] = []
+        self._spent = 0
 
-    def fit(self, nfe: int, warp: Sequence[float], ridge: float, samples: Samples | None = None) -> Candidate:
-        if self.journal is None:
-            return super().fit(nfe, warp, ridge, samples)
-        a, b, c = map(float, warp)
-        task = {"nfe": nfe, "warp": [a, b, c], "ridge": ridge, "samples": "trial" if samples else "train"}
-        if known := self.journal.get(task):
-            spec = SolverSpec.from_dict(known["spec"])
-            found = Candidate((a, b, c), ridge, warped_nodes(warp, nfe), spec, known["train_mse"])
-            self.on_known(found, known["network_evaluations"])
-            self.start_again("train", samples or self.train, nfe)
-            return found
-        before = self.count()
-        found = super().fit(nfe, warp, ridge, samples)
-        result = {"spec": found.spec.to_dict(), "train_mse": found.train_mse}
-        self.journal.add(task, {**result, "network_evaluations": self.count() - before})
-        return found
+    def begin(self) -> None:
+        """A new solver."""
+        self.stages, self._spent = [], self.evaluations()
 
-    def start_again(self, split: str, samples: Samples, nfe: int) -> None:
-        """First calls that an earlier, killed run made and counted."""
-        with uncounted(self.sampler):
-            for indices, _ in self.batches(samples):
-                self.start(split, indices, nfe)
+    def evaluations(self) -> int:
+        return self.search._evaluations()
+
+    def trial(self, candidate: Candidate) -> None:
+        tried = {"nfe": candidate.nfe, "warp": list(candidate.warp), "ridge": candidate.ridge}
+        self.search._log({**tried, "train_mse": candidate.train_mse, "network_evaluations": self.evaluations()})
+
+    def call(self, **figures: Any) -> None:
+        self.search._log(figures)
+
+    def stage(self, name: str, candidate: Candidate, **figures: float) -> None:
+        spent = self.evaluations()
+        reached = {"stage": name, "validation_mse": candidate.validation_mse, **figures}
+        self.search._log({"nfe": candidate.nfe, **reached, "network_evaluations": spent})
+        self.stages.append({**reached, "network_evaluations": spent - self._spent})
+        self._spent = spent
+
+    def recall(self, task: Mapping[str, Any]) -> dict[str, Any] | None:
+        if known := self.search.journal.get(task):
+            self.search._found_done(known["network_evaluations"])
+        return known
+
+    def remember(self, task: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+        self.search.journal.add(task, result)
+
+    @contextmanager
+    def progress(self, description: str, unit: str, total: int) -> Iterator[Callable[..., None]]:
+        with tqdm(desc=description, unit=unit, total=total, disable=self.quiet) as bar:
+
+            def advance(**figures: Any) -> None:
+                if figures:
+                    bar.set_postfix(refresh=False, **figures)
+                bar.update()
+
+            yield advance
+
+    def say(self, line: str) -> None:
+        if not self.quiet:
+            say(line)
 
 
 class Search:
@@ -121,17 +144,11 @@ class Search:
         )
         if pipe.dtype == torch.float16 and self.accelerator.is_main_process:
             say("float16 overflows at 65 504, and gradients of times are several per cent off; safer: --dtype bfloat16")
-        self.sampler = Sampler(
-            pipe, config.call_arguments, prompts_of(config), config.seed, guidance_scales=config.guidance_scales
-        )
-        self.probe = ProbeScheduler.from_config(
-            pipe.scheduler.config, solvers="classical", strict=False, history_length=None
-        )
-        self.teacher = Teacher.named(
-            config.teacher_scheduler, config.teacher_steps, config.teacher_order, self.sampler, self.probe,
-            config.teacher_end,
-        )  # fmt: skip
-        self.descending = config.search_over
+        self.sampler = Sampler(pipe, config.call_arguments, prompts_of(config), config.seed)
+        self.student = Student(self.sampler)
+        check_end("teacher_end", config.teacher_end, self.student.scheduler.config)
+        self.teacher = Teacher(config.teacher_steps, config.teacher_order, config.teacher_end)
+        self.differentiable: tuple[str, ...] = GROUPS
         self.perceptual = self._perceptual()
         self.splits = {"train": config.num_train_samples, "validation": config.num_validation_samples}
         if config.method == "paper":
@@ -141,7 +158,7 @@ class Search:
         if self.accelerator.is_main_process:  # every process counts its own, this one also what was kept
             kept = [entry["network_evaluations"] for entry in self.state["solvers"].values()]
             kept += [self.state.get("teacher", {}).get("network_evaluations", 0)]
-            self.sampler.network_evaluations = sum(kept) + self.state["derived_network_evaluations"]
+            self.sampler.network_evaluations = sum(kept)
             drop_torn_line(self.folder / METRICS)
         self.journal = Journal(self.folder / JOURNAL, self.state["key"], self.accelerator)
 
@@ -152,7 +169,7 @@ class Search:
         if not wanted or config.feature_network is None:
             return None
         network = load_feature_network(config.feature_network, self.accelerator.device)
-        return Perceptual(network, self.sampler, self.probe)
+        return Perceptual(network, self.student)
 
     # --- command ---------------------------------------------------------------------------------------------------
 
@@ -177,36 +194,35 @@ class Search:
             self._preflight()
         config = self.config
         self._settle_teacher()
-        references = {name: self._reference(name, range(count)) for name, count in self.splits.items()}
-        form = ResumableForm(
-            self.sampler,
-            self.probe,
-            references.get("train", references["validation"]),
-            references["validation"],
+        samples = {name: self._samples(name, range(count)) for name, count in self.splits.items()}
+        problem = Problem(
+            self.student,
+            samples.get("train", samples["validation"]),
+            samples["validation"],
             len(self._share(range(self.config.num_trial_samples))),
             self._reduce,
-            self._log_trial,
             config.batch_size,
-            journal=self.journal,
-            count=self._evaluations,
-            on_known=self._on_known,
+            self.differentiable,
+            self.perceptual,
         )
+        self.log = SearchLog(self)
         if self.perceptual and not all(self._has(nfe) for nfe in self.config.nfe):
-            for split, samples in (("train", form.train), ("validation", form.validation)):
-                self.perceptual.remember(split, list(form.batches(samples)), self.accelerator.is_main_process)
+            for part in (problem.train, problem.validation):
+                batches = -(-len(part) // config.batch_size)
+                with self.log.progress(f"teacher's images, {part.split}", "batch", batches) as advance:
+                    self.perceptual.remember(problem, part, advance)
         for nfe in sorted(set(self.config.nfe)):
             if not self._has(nfe):
                 began = self._evaluations(), time.time()
-                entry = self._paper(form, nfe) if self.config.method == "paper" else self._closed_form(form, nfe)
-                self._keep(form, nfe, entry, "searched", began)
+                entry = self._paper(problem, nfe) if self.config.method == "paper" else self._searched(problem, nfe)
+                self._keep(problem, nfe, entry, "searched", began)
         if self.config.method != "paper" and self.config.fill_nfe:
             first, last = self.config.fill_nfe
             missing = [n for n in range(first, last + 1) if str(n) not in self.state["solvers"]]
             for nfe in tqdm(missing, desc="filling other step counts", disable=not self.accelerator.is_main_process):
                 began = self._evaluations(), time.time()
-                self._keep(form, nfe, self._filled(form, nfe), "filled", began)
-        self._measure_derived(form)
-        self._mend(form)
+                self._keep(problem, nfe, self._filled(problem, nfe), "filled", began)
+        self._mend()
         self.journal.clear()  # of what was killed between the state and this
         if self.accelerator.is_main_process:
             print(self.table())
@@ -218,192 +234,92 @@ class Search:
         """Try the pipeline before anything is spent on it, and take out of a descent what gets no gradient. The same in
         every process, and not counted."""
         config = self.config
-        found = preflight(self.sampler, self.probe, gradients=config.method != "closed_form")
+        found = preflight(self.student, gradients=config.method != "closed_form")
         if self.accelerator.is_main_process:
             say(str(found))
         if config.method != "closed_form" and found.verdict == "forward_only":
             raise ValueError(f"method {config.method} needs gradients ({found.reason}); closed_form does without")
         if config.method == "paper" and found.verdict == "coefficients":
             raise ValueError(f"method paper moves nodes ({found.reason}); closed_form and gradient do without")
-        if found.verdict == "coefficients":
-            self.descending = [group for group in config.search_over if group == "coefficients"]
+        self.differentiable = found.differentiable
         if self.perceptual:
             sentence = self.perceptual.check()
             if self.accelerator.is_main_process:
                 say(sentence)
 
-    def _closed_form(self, form: ResumableForm, nfe: int) -> dict[str, Any]:
-        config, quiet = self.config, not self.accelerator.is_main_process
-        stages: list[dict[str, Any]] = []
-        began = self._evaluations()
-        starts = STARTS[: config.starts]
-        fits = sum(fits_of(config.trials, len(starts)))
-        with tqdm(desc=f"closed form, {nfe} calls", unit="fit", total=fits, disable=quiet) as bar:
+    def _searched(self, problem: Problem, nfe: int) -> dict[str, Any]:
+        self.log.begin()
+        found = {"closed_form": closed_form, "gradient": gradient}[self.config.method](
+            problem, nfe, self.config, self.log
+        )
+        return {**_entry(found), "stages": self.log.stages}
 
-            def on_trial(candidate: Candidate) -> None:
-                bar.set_postfix(mse=f"{candidate.train_mse:.3g}", refresh=False)
-                bar.update()
-                self._log_trial(candidate)
-
-            def on_known(candidate: Candidate, evaluations: int) -> None:
-                bar.update()
-                self._found_done(evaluations)
-
-            form.on_trial, form.on_known = on_trial, on_known
-            found = form.search(nfe, config.trials, config.ridge, starts)
-            form.on_trial, form.on_known = self._log_trial, self._on_known
-        stages.append(self._ended("closed_form", found, began))
-        if config.polish and nfe <= config.polish_nfe:
-            began = self._evaluations()
-            batches = len(list(form.batches(form.train)))
-            differences = config.polish * batches * Polish(form, found, config.search_over).count
-            with tqdm(desc=f"polish, {nfe} calls", unit="difference", total=differences, disable=quiet) as bar:
-                found = polish(form, found, config.polish, bar.update, config.search_over)
-            stages.append(self._ended("polish", found, began))
-        if config.method == "gradient":
-            began = self._evaluations()
-            found, images = self._descended(form, found)
-            stages.append(self._ended("gradient", found, began, **images))
-        return {**_entry(found), "stages": stages}
-
-    def _ended(self, stage: str, found: Candidate, began: int, **more: float) -> dict[str, Any]:
-        """What a stage reached and cost."""
-        spent = self._evaluations()
-        reached = {"stage": stage, "validation_mse": found.validation_mse, **more}
-        self._log({"nfe": found.spec.nfe, **reached, "network_evaluations": spent})
-        return {**reached, "network_evaluations": spent - began}
-
-    def _descended(self, form: ClosedForm, found: Candidate) -> tuple[Candidate, dict[str, float]]:
-        """The candidate after `method gradient`'s own stage, and what it did to held-out images if they were judged."""
-        config, nfe = self.config, found.spec.nfe
-        parameters = around(form, found, self.descending)
-        if not parameters.count:
-            return found, {}
-        quiet = not self.accelerator.is_main_process
-        on_images = self.perceptual if nfe <= MOST_CALLS else None
-        if config.objective == PERCEPTUAL and not on_images and not quiet:
-            say(f"objective {PERCEPTUAL} is for up to {MOST_CALLS} calls; terminal takes its place at {nfe}")
-        with tqdm(desc=f"gradient, {nfe} calls", unit="call", total=config.gradient_calls, disable=quiet) as bar:
-
-            def on_call(loss: float, best: float) -> None:
-                bar.set_postfix(loss=f"{loss:.4g}", best=f"{best:.3g}", refresh=False)
-                bar.update()
-                named = {"best_validation_perceptual": best} if on_images else {}
-                mse = descent.best.validation_mse
-                self._log({"nfe": nfe, "loss": loss, **named, "best_validation_mse": mse})
-
-            descent: Descent
-            if on_images:
-                descent = PerceptualDescent(form, found, parameters, on_images, on_call)
-            else:
-                loss = OBJECTIVES["terminal" if config.objective == PERCEPTUAL else config.objective]
-                descent = Descent(form, found, parameters, loss, on_call)
-            better = descent.run(config.optimizer, config.gradient_calls, config.learning_rate)
-        if not isinstance(descent, PerceptualDescent):
-            return better, {}
-        if not quiet:
-            say(
-                f"held out at {nfe} calls: perceptual loss {descent.before:.4g} -> {descent.reached:.4g}, final-state "
-                f"mse {found.validation_mse:.4g} -> {better.validation_mse:.4g}"
-            )
-        return better, {"validation_perceptual": descent.reached, "validation_perceptual_before": descent.before}
-
-    def _filled(self, form: ClosedForm, nfe: int) -> dict[str, Any]:
+    def _filled(self, problem: Problem, nfe: int) -> dict[str, Any]:
         """The best on held-out samples of closed-form rows on a warp interpolated between the searched ones, polished
         if few calls make that cheap, the derived solvers, and the classical ones. Below the fewest calls searched the
         warp is searched: fits are cheap there and warps differ most."""
         known = {int(n): e for n, e in self.state["solvers"].items() if e["kind"] == "searched"}
         counts = sorted(known)
         if nfe < counts[0]:
-            found = form.search(nfe, self.config.trials, self.config.ridge, STARTS[: self.config.starts])
+            found = fitted(problem, nfe, self.config, self.log)
         else:
             warp = [float(np.interp(nfe, counts, [known[n]["warp"][k] for n in counts])) for k in range(3)]
             ridge = known[min(counts, key=lambda n: abs(n - nfe))]["ridge"]
-            found = form.validated(form.fit(nfe, warp, ridge))
+            found = validated(problem, Fits(problem, nfe, self.log)(warp, ridge))
         if nfe <= self.config.fill_polish_nfe:
-            found = polish(form, found, self.config.polish, free=self.config.search_over)
+            found = polish(problem, found, parametrised(problem, found, self.config.search_over), self.config.polish)
         searched = {n: SolverSpec.from_dict(_table(e)) for n, e in known.items()}
-        specs = [self.probe.derived(searched, nfe, learned) for learned in (False, True)]
-        derived = [_measured(form, spec) for spec in (specs if specs[0] != specs[1] else specs[:1])]
         choices = {
             "closed_form": _entry(found),
-            "derived": min(derived, key=_error),
-            "classical": _classical(form, nfe),
+            "derived": _measured(problem, from_neighbours(searched, nfe, self.student.path)),
+            "classical": _classical(problem, nfe),
         }
         source = min(choices, key=lambda name: _error(choices[name]))
         rejected = {name: entry["validation_mse"] for name, entry in choices.items() if name != source}
         reached = {"source": source, "rejected": rejected, "classical_mse": choices["classical"]["validation_mse"]}
         return {**choices[source], **reached}
 
-    def _measure_derived(self, form: ClosedForm) -> None:
-        """Whether step counts between two tables gain from what both learned beside their nodes, measured at a few."""
-        solvers = {int(n): SolverSpec.from_dict(table) for n, table in self._tables().items()}
-        gaps = [n for n in range(min(solvers), max(solvers)) if n not in solvers]
-        chosen = [gaps[i] for i in sorted({round(k * (len(gaps) - 1) / 3) for k in range(4)})] if gaps else []
-        if [str(n) for n in chosen] == list(self.state.get("derived", {})):
-            return
-        self.state["derived"], began = {}, self._evaluations()
-        for nfe in chosen:
-            scores = [form.score_spec(self.probe.derived(solvers, nfe, learned)) for learned in (False, True)]
-            self.state["derived"][str(nfe)] = dict(zip(DERIVED, scores, strict=True))
-            self._log({"nfe": nfe, "derived": self.state["derived"][str(nfe)]})
-        self.state["derived_network_evaluations"] += self._evaluations() - began
-        self.state["network_evaluations"] = self._evaluations()
-        if self.accelerator.is_main_process:
+    def _mend(self) -> None:
+        """Write the result again if somebody took or spoiled it."""
+        if not from_main(self.accelerator, _is_json(self.folder / SCHEDULER)) and self.accelerator.is_main_process:
             self.write()
 
-    def _mend(self, form: ClosedForm) -> None:
-        """Write the result again if somebody took or spoiled it."""
-        if not from_main(self.accelerator, _is_json(self.folder / SCHEDULER)):
-            form.score(warped_nodes(IDENTITY, min(self.config.nfe)), None)  # tells the probe the model's shift
-            if self.accelerator.is_main_process:
-                self.write()
-
-    def _corrections_help(self) -> bool:
-        """In the geometric mean over the step counts measured; no if none was."""
-        measured = self.state.get("derived", {}).values()
-        return bool(measured) and math.prod(m[DERIVED[1]] / m[DERIVED[0]] for m in measured) < 1
-
-    def _paper(self, form: ResumableForm, nfe: int) -> dict[str, Any]:
+    def _paper(self, problem: Problem, nfe: int) -> dict[str, Any]:
         """Algorithm 1 and 2: gradients through the pipeline's call, fresh samples for every update."""
-        config, began = self.config, self._evaluations()
+        config, began, student = self.config, self._evaluations(), self.student
         parameters = PaperParameters(nfe)
         iterations = -(-config.num_generated_samples // config.train_batch_size)
+        euler = Teacher(config.reference_steps, 1)
 
         def collapsed() -> bool:
             """Whether step sizes vanished, in every process alike: no solver, and for `fit` a reason to roll back."""
-            return not bool((self.probe.final_nodes(parameters.nodes().detach()).diff() < 0).all())
+            return not bool((student.nodes(current(parameters).unshifted_nodes).diff() < 0).all())
 
         def loss_of(iteration: int) -> Tensor:
             first = iteration * config.train_batch_size
             batch = self._share(range(first, first + config.train_batch_size))
             if not batch:
                 return 0.0 * (parameters.r.sum() + parameters.c.sum())
-            euler = reference(
-                self.sampler, self.probe, batch, "train", config.reference_steps, 1, len(batch), progress=False
-            )
+            taught = teacher_trajectory(student, euler, batch, "train", len(batch), progress=False)
             if collapsed():
                 return math.nan * (parameters.r.sum() + parameters.c.sum())
-            nodes = parameters.nodes()
-            self.probe.prepare(nodes, parameters.rows())
+            plan = parameters.plan()
             before = self.sampler.network_evaluations
-            states = run(self.sampler, self.probe, batch, "train", nfe)
+            run = student.run(plan, batch, "train")
             self.sampler.network_evaluations += 2 * (self.sampler.network_evaluations - before)  # the backward pass
-            wanted = [euler.nearest(node).to(states[0].device) for node in nodes]
-            return paper_loss([s[: len(batch)] for s in states], wanted) * len(batch) / config.train_batch_size
+            wanted = [taught.nearest(node).to(run.final.device) for node in plan.unshifted_nodes]
+            return paper_loss(run.states, wanted) * len(batch) / config.train_batch_size
 
         def validate() -> float:
-            if collapsed():
-                return math.nan
-            rows = [[w.item() for w in row] for row in parameters.rows()]
-            return form.score(parameters.nodes().detach(), rows)
+            return math.nan if collapsed() else problem.score(current(parameters))
 
         def log(record: dict[str, Any]) -> None:
             self._log({"nfe": nfe, **record, "network_evaluations": self._evaluations()})
 
         def on_resume(evaluations: int) -> None:
             self._found_done(evaluations)
-            form.start_again("validation", form.validation, nfe)
+            with self.sampler.uncounted():
+                list(problem.batches(problem.validation, Plan(even_nodes(nfe))))
 
         best = fit(
             parameters,
@@ -420,16 +336,15 @@ class Search:
             lambda: self._evaluations() - began,
             on_resume,
         )
-        nodes = self.probe.final_nodes(parameters.nodes().detach())
-        rows = [[w.item() for w in row] for row in parameters.rows()]
-        return {**SolverSpec(nodes.tolist(), rows).to_dict(), "parameters": parameters.count, "validation_mse": best}
+        spec = student.spec(current(parameters))
+        return {**spec.to_dict(), "parameters": parameters.count, "validation_mse": best}
 
     # --- keeping ---------------------------------------------------------------------------------------------------
 
-    def _keep(self, form: ClosedForm, nfe: int, entry: dict[str, Any], kind: str, began: tuple[int, float]) -> None:
+    def _keep(self, problem: Problem, nfe: int, entry: dict[str, Any], kind: str, began: tuple[int, float]) -> None:
         """Add one solver to the state and write the whole result anew."""
         if "classical_mse" not in entry:
-            entry["classical_mse"] = _classical(form, nfe)["validation_mse"]
+            entry["classical_mse"] = _classical(problem, nfe)["validation_mse"]
         entry |= {
             "kind": kind,
             "network_evaluations": self._evaluations() - began[0],
@@ -437,6 +352,7 @@ class Search:
         }
         self.state["solvers"][str(nfe)] = entry
         self.state["network_evaluations"] = self._evaluations()
+        self.state["searched_shift"] = self.student.searched_shift
         self._log(
             {
                 "nfe": nfe,
@@ -454,8 +370,7 @@ class Search:
             config,
             solvers=self._tables(),
             provenance=self.provenance(),
-            searched_shift=self.probe.searched_shift(),
-            interpolate_corrections=self._corrections_help(),
+            searched_shift=self.state["searched_shift"],
         )
         write_text(self.folder / SCHEDULER, scheduler.to_json_string())
         self._write_state(self.state)
@@ -480,8 +395,7 @@ class Search:
             else config.pretrained_model_name_or_path,
             "revision": config.revision,
             "pipeline": type(self.sampler.pipe).__name__,
-            "call": config.call_arguments
-            | ({"guidance_scale": config.guidance_scales} if config.guidance_scales else {}),
+            "call": config.call_arguments,
             "dtype": str(self.sampler.pipe.dtype).removeprefix("torch."),
             "teacher": {**self.teacher.facts(), "estimated_mse": self.state["teacher"]["estimated_mse"]},
             "samples": {
@@ -493,7 +407,6 @@ class Search:
             "processes": self.accelerator.num_processes,
             "network_evaluations": self.state["network_evaluations"],
             "results": {n: {k: e[k] for k in RECORDED if k in e} for n, e in self.state["solvers"].items()},
-            "derived": self.state.get("derived", {}),
             "versions": {name: _version(name) for name in ("diffusers-dssolver", "diffusers", "torch")},
         }
         return facts
@@ -541,7 +454,7 @@ class Search:
         if "teacher" not in self.state:
             before = self.sampler.network_evaluations
             found = convergence(
-                self.sampler, self.probe, self.teacher, config.teacher_tolerance, max(config.nfe), config.batch_size
+                self.student, self.teacher, config.teacher_tolerance, max(config.nfe), config.batch_size
             )
             spent = {"network_evaluations": self.sampler.network_evaluations - before}
             if not main:
@@ -560,15 +473,14 @@ class Search:
                 "steps; ask for fewer, or choose another --output_dir"
             )
 
-    def _reference(self, split: str, indices: range) -> tuple[range, Reference]:
+    def _samples(self, split: str, indices: range) -> Samples:
         share, config, before = self._share(indices), self.config, self.sampler.network_evaluations
-        found = reference(
-            self.sampler, self.probe, share, split, self.teacher.steps, self.teacher.order, config.batch_size,
-            cache=self.folder / "cache", progress=self.accelerator.is_main_process, scheduler=self.teacher.scheduler,
-            end=self.teacher.end,
+        found = teacher_trajectory(
+            self.student, self.teacher, share, split, config.batch_size, self.folder / "cache",
+            self.accelerator.is_main_process,
         )  # fmt: skip
         self.sampler.network_evaluations = before + found.network_evaluations  # those of an earlier, killed run too
-        return share, found
+        return Samples(split, share, found)
 
     def _open_state(self) -> dict[str, Any]:
         """The state of an earlier, killed run of the very same search, or a new one; what the main process finds."""
@@ -606,7 +518,7 @@ class Search:
         (self.folder / "cache").mkdir(parents=True, exist_ok=True)
         for folder in (self.folder, self.folder / "cache"):
             remove_partial_files(folder)
-        state = {"key": key, "network_evaluations": 0, "derived_network_evaluations": 0, "solvers": {}}
+        state = {"key": key, "network_evaluations": 0, "solvers": {}}
         self._write_state(state)
         return state
 
@@ -614,17 +526,10 @@ class Search:
         finished = ", ".join(sorted(self.state["solvers"], key=int)) or "no"
         return f"interrupted; {self.folder} holds solvers for {finished} calls; the same command goes on from there"
 
-    def _log_trial(self, candidate: Candidate) -> None:
-        tried = {"nfe": candidate.spec.nfe, "warp": list(candidate.warp), "ridge": candidate.ridge}
-        self._log({**tried, "train_mse": candidate.train_mse, "network_evaluations": self._evaluations()})
-
     def _log(self, record: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
             with (self.folder / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({**record, "seconds_since_start": round(time.time() - self.started, 2)}) + "\n")
-
-    def _on_known(self, candidate: Candidate, evaluations: int) -> None:
-        self._found_done(evaluations)
 
     def _found_done(self, evaluations: int) -> None:
         """Count what an earlier, killed run did and kept; work that was lost with it is not counted."""
@@ -654,16 +559,16 @@ def _table(entry: dict[str, Any]) -> dict[str, Any]:
     return {k: entry[k] for k in SOLVER_KEYS if k in entry}
 
 
-def _measured(form: ClosedForm, spec: SolverSpec) -> dict[str, Any]:
-    return {**spec.to_dict(), "validation_mse": form.score_spec(spec)}
+def _measured(problem: Problem, spec: SolverSpec) -> dict[str, Any]:
+    return {**spec.to_dict(), "validation_mse": problem.score(Plan.of(spec))}
 
 
-def _classical(form: ClosedForm, nfe: int) -> dict[str, Any]:
+def _classical(problem: Problem, nfe: int) -> dict[str, Any]:
     """The best classical solver on uniform nodes, of order 1 to 3."""
     tried = []
     for order in (1, 2, 3):
-        error = form.score(warped_nodes(IDENTITY, nfe), None, order)
-        tried.append({**form.probe.spec().to_dict(), "validation_mse": error})
+        plan = Plan(warped_nodes(IDENTITY, nfe), order=order)
+        tried.append({**problem.student.spec(plan).to_dict(), "validation_mse": problem.score(plan)})
     return min(tried, key=_error)
 
 
