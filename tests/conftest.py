@@ -54,10 +54,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="slow; run with --run-slow"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
+def exact(monkeypatch):
+    """float64 where pipelines and networks ask for float32: times are embedded, guidance added up in it."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
+@pytest.fixture(scope="session")
 def models(tmp_path_factory):
     """Folder of a saved pipeline by family, tiny ones of random weights."""
-    from tests.search.test_search import FAMILIES, make_pipe
+    from tests.families import FAMILIES, make_pipe
 
     folder = tmp_path_factory.mktemp("models")
     for family in FAMILIES:
@@ -65,7 +71,7 @@ def models(tmp_path_factory):
     return {family: folder / family for family in FAMILIES}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def model(models):
     """That of the flow model."""
     return models["flow"]

@@ -19,8 +19,9 @@ from dssolver_search.methods.search import Search
 from dssolver_search.settings import SearchConfig
 from tests.bench import cost_model
 from tests.bench.cost_model import BEGIN, END, MODELS, README, busiest, measured, numbers, reduced_bytes, report
+from tests.families import WARP, searched
 from tests.search.test_gradient import told
-from tests.search.test_search import CLOSED_FORM, PAPER, WARP, lines_of, search, searched
+from tests.searches import CLOSED_FORM, PAPER, lines_of, search
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torchvision.*")
 PUBLISHED = {"SDXL": "2.57", "SD3.5-medium": "2.5", "SD3.5-large": "8.1", "FLUX.1-dev": "11.9"}  # 10^9

@@ -22,7 +22,8 @@ from dssolver_search.measure.pictures import as_uint8
 from dssolver_search.measure.results import Result, details, interval, results_of_record, table
 from dssolver_search.pipeline.loading import load_pipeline
 from dssolver_search.settings import CompareConfig
-from tests.search.test_search import both, make_path, make_pipe, make_sampler, refused
+from tests.families import both, make_path, make_pipe, make_sampler
+from tests.searches import refused
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array:DeprecationWarning"),  # diffusers with numpy 2

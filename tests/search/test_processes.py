@@ -20,7 +20,7 @@ import pytest
 from dssolver_search.methods.closed_form import comparable
 from dssolver_search.storage import read_record
 from tests.search.test_never_lost import Forks
-from tests.search.test_search import arguments, without_clock
+from tests.searches import arguments, without_clock
 
 COMMON = {"guidance_scale": 1.5, "dtype": "float64", "num_validation_samples": 10, "teacher_steps": 20}
 SEARCHES = {  # no number of samples is a multiple of the number of processes

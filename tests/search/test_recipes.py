@@ -28,8 +28,9 @@ from dssolver_search.pipeline.prompts import PROMPT, prompts_of
 from dssolver_search.pipeline.sampler import Sampler
 from dssolver_search.settings import SearchConfig, parse
 from tests.bench import cost_model
+from tests.families import make_pipe
 from tests.pipelines import zoo
-from tests.search.test_search import arguments, make_pipe
+from tests.searches import arguments
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torchvision.*", "ignore:.*FluxPosEmbed.*:FutureWarning")
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,7 +15,7 @@ from dssolver_search.measure.results import results_of_record, table
 from tests.bench import guidance as bench_guidance
 from tests.bench import search as bench_search
 from tests.bench import steps as bench_steps
-from tests.search.test_search import make_pipe
+from tests.families import make_pipe
 
 SEARCH = Path(__file__).resolve().parents[2] / "search"
 

@@ -25,7 +25,7 @@ from dssolver_search.images.real_images import Statistics
 from dssolver_search.methods.closed_form import ClosedForm
 from dssolver_search.storage import write_tensors
 from tests.bench import search as bench_search
-from tests.search.test_search import make_pipe
+from tests.families import make_pipe
 from tests.study import findings as study_findings
 from tests.study import models as study_models
 from tests.study import study as bench_study
