@@ -157,7 +157,7 @@ def test_gradient_is_the_central_difference(name, exact):
     perceptual = perceptual_of(problem)
     found = fit(problem, 3, WARP, 1e-3, problem.train)
     parameters = parametrised(problem, found)
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     start = 0.05 * torch.randn(parameters.count, dtype=torch.float64)
     vector_to_parameters(start, parameters.parameters())
     descent = PerceptualDescent(problem, found, parameters, perceptual)
