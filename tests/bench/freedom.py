@@ -13,11 +13,12 @@ import tempfile
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from dssolver_search.methods.closed_form import Candidate, ClosedForm
 from dssolver_search.methods.gauss_newton import Polish
-from dssolver_search.methods.search import Search
+from dssolver_search.methods.setup import Setup, splits
 from dssolver_search.pipeline.replay import Replay
 from dssolver_search.settings import STARTS, SearchConfig
 from tests.bench.search import FAMILIES, GUIDANCE, model
@@ -87,9 +88,9 @@ def main() -> None:
             pretrained_model_name_or_path=str(model(given.family)), output_dir=output, nfe=[given.nfe],
             guidance_scale=GUIDANCE, **more,
         )  # fmt: skip
-        search = Search(config)
-        splits = [search._reference(name, range(count)) for name, count in search.splits.items()]
-        form = ClosedForm(search.sampler, search.probe, *splits, config.num_trial_samples, lambda t: t)
+        setup = Setup(config, Accelerator())
+        samples = [setup.samples(name, count) for name, count in splits(config).items()]
+        form = ClosedForm(setup.sampler, setup.probe, *samples, config.num_trial_samples, lambda t: t)
         found = form.search(given.nfe, config.trials, config.ridge, STARTS[: config.starts])
         print(
             f"{given.family}, {given.nfe} calls, {given.iterations} iterations of the polish, held-out mse (training)"

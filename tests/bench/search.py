@@ -27,6 +27,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from accelerate import Accelerator
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
@@ -34,13 +35,17 @@ from diffusers_dssolver import DSSolverScheduler
 from diffusers_dssolver.solver import SolverSpec
 from dssolver_search.measure.compare import Comparison
 from dssolver_search.measure.pictures import COLOURS
-from dssolver_search.methods import closed_form
+from dssolver_search.methods import closed_form, paper
 from dssolver_search.methods import search as run_module
 from dssolver_search.methods.closed_form import Candidate
+from dssolver_search.methods.fill import solver_of
 from dssolver_search.methods.gauss_newton import Polish, around, polish
 from dssolver_search.methods.gradient import Descent
+from dssolver_search.methods.log import Log
 from dssolver_search.methods.objective import OBJECTIVES
-from dssolver_search.methods.search import ResumableForm, Search
+from dssolver_search.methods.problem import Problem
+from dssolver_search.methods.setup import Setup
+from dssolver_search.pipeline import probe as probe_module
 from dssolver_search.pipeline.loading import load_pipeline
 from dssolver_search.pipeline.probe import ProbeScheduler
 from dssolver_search.pipeline.replay import uncounted
@@ -125,58 +130,71 @@ class Test:
         return dict(zip(("mse", "scheduler"), min(tried), strict=True))
 
 
-class Watched(Search):
-    """A search whose progress is followed on the test samples."""
+class Watched:
+    """Follows a search's progress on the test samples."""
 
-    def __init__(self, config: SearchConfig, test: Test) -> None:
-        self.test, self.points, self.reached = test, [], math.inf
-        super().__init__(config)
+    def __init__(self, test: Test) -> None:
+        self.test, self.points = test, []
 
-    def _point(self, stage: str, spec: SolverSpec) -> None:
-        point = {"nfe": spec.nfe, "stage": stage, "network_evaluations": self._evaluations() - self.spent_before}
-        seconds = time.perf_counter() - self.began - self.testing
-        self.points.append({**point, "test_mse": self.test.of(spec), "seconds": seconds})
-        self.testing = time.perf_counter() - self.began - seconds
+    def __call__(self, config: SearchConfig) -> None:
+        """The search, watched."""
+        methods = {name: self._followed(method) for name, method in run_module.METHODS.items()}
+        with mock.patch.object(run_module, "METHODS", methods):
+            run_module.search(config)
 
-    def _log_trial(self, candidate: Candidate) -> None:
-        super()._log_trial(candidate)
-        if candidate.train_mse < BETTER * self.reached:
-            self.reached = candidate.train_mse
-            self._point("closed_form", candidate.spec)
+    def _followed(self, method: run_module.Method) -> run_module.Method:
+        def run(problem: Problem, nfe: int, config: SearchConfig, log: Log) -> Any:
+            trial, stage = log.trial, log.stage
 
-    def _ended(self, stage: str, found: Candidate, began: int) -> dict[str, Any]:
-        self._point(stage, found.spec)
-        return super()._ended(stage, found, began)
+            def tried(candidate: Candidate) -> None:
+                trial(candidate)
+                if candidate.train_mse < BETTER * self.reached:
+                    self.reached = candidate.train_mse
+                    self._point(problem, "closed_form", candidate.spec)
 
-    def _closed_form(self, form: ResumableForm, nfe: int) -> dict[str, Any]:
-        self._begin()
-        return super()._closed_form(form, nfe)
+            def ended(name: str, candidate: Candidate, **figures: float) -> None:
+                stage(name, candidate, **figures)
+                self._point(problem, name, candidate.spec)
 
-    def _paper(self, form: ResumableForm, nfe: int) -> dict[str, Any]:
-        self._begin()
-        score = form.score
+            self._begin(problem)
+            with mock.patch.multiple(log, trial=tried, stage=ended):
+                if config.method != "paper":
+                    return method(problem, nfe, config, log)
+                with mock.patch.object(problem.form, "score", self._scored(problem)):
+                    found = method(problem, nfe, config, log)
+            self._point(problem, "paper", SolverSpec.from_dict(solver_of(found)))
+            return found
+
+        return run
+
+    def _scored(self, problem: Problem) -> Callable[..., float]:
+        score = problem.form.score
 
         def followed(raw: Any, rows: Any, order: int = 2) -> float:
             error = score(raw, rows, order)
             if rows is not None and error < self.reached:
                 self.reached = error
-                self._point("paper", form.probe.spec())
+                self._point(problem, "paper", problem.setup.probe.spec())
             return error
 
-        form.score = followed
-        try:
-            found = super()._paper(form, nfe)
-        finally:
-            del form.score
-        self._point("paper", SolverSpec.from_dict({k: found[k] for k in ("nodes", "coefficients")}))
-        return found
+        return followed
 
-    def _begin(self) -> None:
+    def _begin(self, problem: Problem) -> None:
         """Of one NFE: what was spent on the others is not its own; the teacher is everybody's."""
         if not self.points:
-            self.by_teacher = self._evaluations()
-        self.spent_before, self.reached = self._evaluations() - self.by_teacher, math.inf
+            self.by_teacher = problem.setup.evaluations()
+        self.spent_before, self.reached = problem.setup.evaluations() - self.by_teacher, math.inf
         self.began, self.testing = time.perf_counter(), 0.0
+
+    def _point(self, problem: Problem, stage: str, spec: SolverSpec) -> None:
+        point = {
+            "nfe": spec.nfe,
+            "stage": stage,
+            "network_evaluations": problem.setup.evaluations() - self.spent_before,
+        }
+        seconds = time.perf_counter() - self.began - self.testing
+        self.points.append({**point, "test_mse": self.test.of(spec), "seconds": seconds})
+        self.testing = time.perf_counter() - self.began - seconds
 
 
 def model(family: str) -> Path:
@@ -204,8 +222,8 @@ def searched(family: str, test: Test, folder: Path, nfes: Sequence[int], **setti
         guidance_scale=GUIDANCE, **settings,
     )  # fmt: skip
     began = time.perf_counter()
-    search = Watched(config, test)
-    search()
+    search = Watched(test)
+    search(config)
     record = {
         "family": family, "settings": settings, "points": search.points, "teacher": search.by_teacher,
         "seconds": time.perf_counter() - began,
@@ -232,7 +250,7 @@ class EulerMemo:
 
     def __init__(self) -> None:
         self.kept: dict[Any, Any] = {}
-        self.real = run_module.reference
+        self.real = paper.reference
 
     def __call__(self, sampler: Any, probe: Any, indices: Any, split: str, *rest: Any, **more: Any) -> Any:
         if split != "train":
@@ -405,7 +423,7 @@ def bench(
     paper_seeds: int,
     update: bool,
 ) -> None:
-    run_module.reference = memo = EulerMemo()
+    paper.reference = memo = EulerMemo()
     print(f"paper: {PAPER['num_generated_samples']} generated samples of its {PAPER_SAMPLES}")
     stock: dict[str, Any] = {}
     runs = []
@@ -495,9 +513,9 @@ def memory(family: str = "flow", samples: int = 8) -> None:
                 pretrained_model_name_or_path=str(model(family)), output_dir=output, nfe=[nfe], teacher_steps=nfe + 1,
                 guidance_scale=GUIDANCE, num_train_samples=samples, num_validation_samples=2, num_trial_samples=2,
             )  # fmt: skip
-            search = Search(config)
-            splits = [search._reference(name, range(count)) for name, count in (("train", samples), ("validation", 2))]
-            form = closed_form.ClosedForm(search.sampler, search.probe, *splits, 2, lambda t: t)
+            setup = Setup(config, Accelerator())
+            splits = [setup.samples(name, count) for name, count in (("train", samples), ("validation", 2))]
+            form = closed_form.ClosedForm(setup.sampler, setup.probe, *splits, 2, lambda t: t)
             found = form.validated(form.fit(nfe, closed_form.IDENTITY, 1e-4))
             problem, descent = Polish(form, found), Descent(form, found, around(form, found), OBJECTIVES["terminal"])
             peaks = []
@@ -524,7 +542,7 @@ def precision(families: Sequence[str], nfe: int = 5, samples: int = 48) -> None:
         def final(dtype: str, steps: int, exact: bool, parts: dict[str, Any] = parts) -> torch.Tensor:
             sampler, probe = parts[dtype]
             probe.prepare(torch.linspace(1, 0, steps + 1, dtype=torch.float64), order=3, exact=exact)
-            return run_module.run(sampler, probe, range(8), "convergence", steps)[-1].float()
+            return probe_module.run(sampler, probe, range(8), "convergence", steps)[-1].float()
 
         converged = final("float32", 200, False)
         for exact in (False, True):
@@ -542,7 +560,9 @@ def precision(families: Sequence[str], nfe: int = 5, samples: int = 48) -> None:
             form = closed_form.ClosedForm(its_sampler, its_probe, *splits, samples // 2, lambda t: t)
             found = polish(form, form.search(nfe, 25, 1e-4), 1)
             probe.prepare_spec(found.spec)
-            mse = (run_module.run(sampler, probe, range(samples), "test", nfe)[-1] - test.final).square().mean().item()
+            mse = (
+                (probe_module.run(sampler, probe, range(samples), "test", nfe)[-1] - test.final).square().mean().item()
+            )
             print(f"{family}: {nfe} calls searched in {dtype}, run in bfloat16: {mse:.3g}", flush=True)
 
 

@@ -16,6 +16,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from diffusers_dssolver import DSSolverScheduler
 from diffusers_dssolver.derive import classical
 from dssolver_search.methods import search as run_module
+from dssolver_search.methods import stages
 from dssolver_search.methods.closed_form import ClosedForm, warped_nodes
 from dssolver_search.methods.gauss_newton import around
 from dssolver_search.methods.gradient import CLIP, DECAY, PATIENCE, Descent
@@ -342,8 +343,8 @@ def told(verdict):
 def test_what_gets_no_gradient_stays(model, tmp_path, monkeypatch):
     monkeypatch.setattr(run_module, "preflight", told("coefficients"))
     seen = []
-    plain = run_module.around
-    monkeypatch.setattr(run_module, "around", lambda *args: seen.append(args[2]) or plain(*args))
+    plain = stages.around
+    monkeypatch.setattr(stages, "around", lambda *args: seen.append(args[2]) or plain(*args))
     search(model, tmp_path, GRADIENT, polish=0, gradient_calls=1)
     assert seen == [["coefficients"]]
 
@@ -361,8 +362,8 @@ def test_methods_without_their_gradients_are_refused(method, verdict, model, tmp
 
 def test_search_over_limits_the_polish_too(model, tmp_path, monkeypatch):
     seen = []
-    plain = run_module.polish
-    monkeypatch.setattr(run_module, "polish", lambda *args: seen.append(args[4]) or plain(*args))
+    plain = stages.polish
+    monkeypatch.setattr(stages, "polish", lambda *args: seen.append(args[4]) or plain(*args))
     search(model, tmp_path, GRADIENT, search_over=["coefficients"])
     assert seen == [["coefficients"]]
     table = json.loads((tmp_path / "scheduler_config.json").read_text())["solvers"]["3"]

@@ -22,10 +22,10 @@ import torch
 from diffusers_dssolver import DSSolverScheduler
 from dssolver_search import storage as state_module
 from dssolver_search.cli import main
-from dssolver_search.methods import paper as fit_module
+from dssolver_search.methods import paper as paper_module
 from dssolver_search.methods import search as run_module
+from dssolver_search.methods.journal import Journal
 from dssolver_search.methods.paper import MAX_ROLLBACKS
-from dssolver_search.methods.record import Journal
 from dssolver_search.pipeline.probe import ProbeScheduler
 from dssolver_search.storage import Damaged, read_record, read_tensors, write_record, write_tensors
 from tests.search.test_search import CLOSED_FORM, PAPER, Bowl, Killed, arguments, fit_bowl, without_clock
@@ -565,14 +565,13 @@ def test_killed_fit_with_roll_backs_goes_on_to_the_same_result(killed_at, tmp_pa
 
 
 def test_paper_search_survives_a_nan(model, tmp_path, monkeypatch, capsys):
-    update, updates = fit_module._update, []
+    loss, updates = paper_module.paper_loss, []
 
-    def spoils_the_third(parameters, optimizer, loss_of, *args):
+    def spoils_the_third(*args):
         updates.append(args)
-        spoil = float("nan") if len(updates) == 3 else 1.0
-        return update(parameters, optimizer, lambda i: loss_of(i) * spoil, *args)
+        return loss(*args) * (float("nan") if len(updates) == 3 else 1.0)
 
-    monkeypatch.setattr(fit_module, "_update", spoils_the_third)
+    monkeypatch.setattr(paper_module, "paper_loss", spoils_the_third)
     search(model, tmp_path, "paper")
     assert "update 3: the loss or its gradient is nan; rolled back to the best (1)" in capsys.readouterr().err
     assert DSSolverScheduler.from_pretrained(tmp_path).tables == (3,) and len(updates) == 4
@@ -587,7 +586,7 @@ def test_paper_search_survives_steps_that_vanish(model, tmp_path, capsys):
 
 
 def test_state_module_pickles_nothing():
-    assert "pickle" not in Path(state_module.__file__).read_text() + Path(fit_module.__file__).read_text()
+    assert "pickle" not in Path(state_module.__file__).read_text() + Path(paper_module.__file__).read_text()
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from torch.nn.utils import vector_to_parameters
 
 from diffusers_dssolver.pipelines import SiTPipeline
 from dssolver_search.images.networks import FeatureNetwork, distance, load_feature_network
-from dssolver_search.methods import search as run_module
+from dssolver_search.methods import setup as search_setup
+from dssolver_search.methods import stages
 from dssolver_search.methods.closed_form import ClosedForm
 from dssolver_search.methods.gauss_newton import around
 from dssolver_search.methods.objective import terminal_loss
@@ -496,10 +497,10 @@ def test_the_descent_keeps_what_is_best_by_its_own_loss():
 @pytest.mark.parametrize("counts", [[7], [6, 7]])
 def test_more_than_six_calls_fall_back_with_a_line(counts, model, tmp_path, monkeypatch, capsys):
     seen = []
-    plain = run_module.Descent
-    monkeypatch.setattr(run_module, "Descent", lambda *args: seen.append(args[3]) or plain(*args))
+    plain = stages.Descent
+    monkeypatch.setattr(stages, "Descent", lambda *args: seen.append(args[3]) or plain(*args))
     if counts == [7]:
-        monkeypatch.setattr(run_module, "load_feature_network", lambda *args: pytest.fail("it is not needed"))
+        monkeypatch.setattr(search_setup, "load_feature_network", lambda *args: pytest.fail("it is not needed"))
     search(model, tmp_path, PERCEPTUAL, nfe=counts)
     assert seen == [terminal_loss]
     assert "objective perceptual is for up to 6 calls; terminal takes its place at 7" in capsys.readouterr().err
@@ -515,7 +516,7 @@ def test_more_than_six_calls_fall_back_with_a_line(counts, model, tmp_path, monk
     ],
 )
 def test_a_search_that_cannot_work_ends_before_its_references(changes, reason, model, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run_module, "reference", lambda *args: pytest.fail("work was spent"))
+    monkeypatch.setattr(search_setup, "reference", lambda *args: pytest.fail("work was spent"))
     with pytest.raises(SystemExit):
         search(model, tmp_path, PERCEPTUAL, **changes)
     error = capsys.readouterr().err.strip().splitlines()[-1]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from dssolver_search.methods.closed_form import ClosedForm
 from dssolver_search.methods.gauss_newton import polish
-from dssolver_search.methods.search import Search
+from dssolver_search.methods.setup import Setup
 from dssolver_search.pipeline.loading import load_pipeline, saved_dtype
 from dssolver_search.pipeline.probe import run
 from dssolver_search.settings import SearchConfig
@@ -54,7 +55,7 @@ def test_float16_is_warned_about(tmp_path, capsys):
     settings = {"pretrained_model_name_or_path": str(tmp_path / "model"), "nfe": [3], "fill_nfe": []}
 
     def opened(dtype):
-        Search(SearchConfig(**settings, output_dir=str(tmp_path / dtype), dtype=dtype))
+        Setup(SearchConfig(**settings, output_dir=str(tmp_path / dtype), dtype=dtype), Accelerator())
         captured = capsys.readouterr()
         return "float16 overflows" in captured.out + captured.err
 

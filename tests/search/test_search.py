@@ -23,11 +23,14 @@ from diffusers_dssolver import DSSolverScheduler, SolverSpec
 from diffusers_dssolver.paths import FlowPath, VPPath, make_betas
 from diffusers_dssolver.pipelines import SiTPipeline
 from dssolver_search.cli import main
-from dssolver_search.methods import search as run_module
+from dssolver_search.methods import fill as fill_module
+from dssolver_search.methods import paper as paper_module
+from dssolver_search.methods import setup as search_setup
+from dssolver_search.methods import stages
 from dssolver_search.methods.closed_form import DECIMALS, ClosedForm, RowFit, warped_nodes
 from dssolver_search.methods.gauss_newton import DAMPINGS, Polish, polish
 from dssolver_search.methods.objective import paper_loss
-from dssolver_search.methods.paper import fit
+from dssolver_search.methods.paper import Loop
 from dssolver_search.methods.parameters import PaperParameters
 from dssolver_search.pipeline.loading import load_pipeline
 from dssolver_search.pipeline.probe import ProbeScheduler, run
@@ -650,7 +653,7 @@ class Bowl(torch.nn.Module):
 
 def fit_bowl(bowl, iterations, validate=None, loss_of=None, every=2, lr=0.01, **kwargs):
     validate = validate or (lambda: bowl.loss(1000).item())
-    return fit(bowl, loss_of or bowl.loss, iterations, lr, Accelerator(), validate, every, **kwargs)
+    return Loop(bowl, loss_of or bowl.loss, validate, Accelerator(), iterations, lr, every, **kwargs).run()
 
 
 def test_first_lion_step_is_the_sign_of_the_gradient():
@@ -817,14 +820,14 @@ def test_filled_tables_are_the_best_of_three(family, results):
 def test_a_fill_takes_whatever_is_best_on_held_out_samples(best, models, tmp_path, monkeypatch, capsys):
     """Each of the three made the best in turn, by what it is said to reach."""
     made = {}
-    for name, function in (("classical", "_classical"), ("derived", "_measured"), ("closed_form", "_entry")):
-        real = getattr(run_module, function)
+    for name, function in (("classical", "classical"), ("derived", "derived"), ("closed_form", "entry_of")):
+        real = getattr(fill_module, function)
 
         def measured(*args, name=name, real=real):
             made[name] = real(*args) | {"validation_mse": 1e-9 if name == best else 1.0}
             return made[name]
 
-        monkeypatch.setattr(run_module, function, measured)
+        monkeypatch.setattr(fill_module, function, measured)
     search(models["flow"], tmp_path, nfe=[3], fill_nfe=[5, 5], trials=1, polish=0)
     config = json.loads((tmp_path / "scheduler_config.json").read_text())
     assert config["provenance"]["results"]["5"]["source"] == best
@@ -835,7 +838,7 @@ def test_a_fill_takes_whatever_is_best_on_held_out_samples(best, models, tmp_pat
 def test_the_best_of_several_starts_is_taken(models, tmp_path, monkeypatch):
     """Best by the fit of its best trial to all training samples; what is written is that start's alone."""
     fits, trials = [], 6
-    fit, polished = ClosedForm.fit, run_module.polish
+    fit, polished = ClosedForm.fit, stages.polish
 
     def watched(form, nfe, warp, ridge, samples=None):
         fits.append((samples is not None, fit(form, nfe, warp, ridge, samples)))
@@ -846,7 +849,7 @@ def test_the_best_of_several_starts_is_taken(models, tmp_path, monkeypatch):
         return polished(form, found, *rest)
 
     monkeypatch.setattr(ClosedForm, "fit", watched)
-    monkeypatch.setattr(run_module, "polish", improved)
+    monkeypatch.setattr(stages, "polish", improved)
     search(models["vp"], tmp_path, nfe=[4], fill_nfe=[], trials=trials, starts=3, polish=1, num_train_samples=8)
     on_few = [which for which, _ in fits]
     assert on_few == [*([True] * 3 + [False]) * 3, *[True] * 3, *[False] * 6, None]
@@ -1006,7 +1009,7 @@ def test_killed_paper_search_goes_on_to_the_same_solver(models, tmp_path, monkey
             raise Killed  # its forward evaluations are lost, as is their count
         return paper_loss(*args)
 
-    monkeypatch.setattr(run_module, "paper_loss", dies_in_the_second)
+    monkeypatch.setattr(paper_module, "paper_loss", dies_in_the_second)
     with pytest.raises(Killed):
         search(models["flow"], tmp_path / "killed", PAPER)
     search(models["flow"], tmp_path / "killed", PAPER)
@@ -1071,7 +1074,7 @@ class PromptPipeline(SiTPipeline):
 def test_pipeline_with_prompts_needs_some(models, tmp_path, capsys, monkeypatch):
     source = make_pipe("flow")
     pipe = PromptPipeline(source.transformer, source.scheduler)
-    monkeypatch.setattr(run_module, "load_pipeline", lambda *args: pipe)
+    monkeypatch.setattr(search_setup, "load_pipeline", lambda *args: pipe)
     line = refused(capsys, lambda: search(models["flow"], tmp_path / "out"))
     assert "prompts_file" in line
     (tmp_path / "empty.txt").write_text("\n \n")
