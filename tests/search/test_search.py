@@ -24,7 +24,6 @@ from diffusers_dssolver.paths import FlowPath, VPPath, make_betas
 from diffusers_dssolver.pipelines import SiTPipeline
 from dssolver_search.cli import main
 from dssolver_search.methods import fill as fill_module
-from dssolver_search.methods import paper as paper_module
 from dssolver_search.methods import setup as search_setup
 from dssolver_search.methods import stages
 from dssolver_search.methods.closed_form import DECIMALS, ClosedForm, RowFit, warped_nodes
@@ -871,7 +870,7 @@ def test_the_best_of_several_starts_is_taken(models, tmp_path, monkeypatch):
 
 def test_fewer_calls_than_any_searched_are_searched(models, tmp_path, monkeypatch):
     """Not fitted on the warp of more calls: the solver is that of a search which asks for them, before any polish."""
-    settings = {"trials": 6, "polish": 0, "num_train_samples": 8}
+    settings = {"trials": 4, "starts": 2, "polish": 0}
     search(models["flow"], tmp_path / "asked", nfe=[3], fill_nfe=[], **settings)
     searched, find = [], ClosedForm.search
     monkeypatch.setattr(ClosedForm, "search", lambda form, nfe, *rest: searched.append(nfe) or find(form, nfe, *rest))
@@ -887,7 +886,7 @@ def test_fewer_calls_than_any_searched_are_searched(models, tmp_path, monkeypatc
 
 def test_few_calls_are_polished_when_they_are_filled(models, tmp_path):
     def filled(folder, **settings):
-        search(models["flow"], tmp_path / folder, nfe=[4], fill_nfe=[3, 3], trials=2, num_train_samples=8, **settings)
+        search(models["flow"], tmp_path / folder, nfe=[4], fill_nfe=[3, 3], trials=2, starts=1, **settings)
         return json.loads((tmp_path / folder / "scheduler_config.json").read_text())
 
     plain, polished = filled("plain", fill_polish_nfe=2), filled("polished", fill_polish_nfe=3)
@@ -932,29 +931,6 @@ def without_clock(value):
     return value
 
 
-@both
-@pytest.mark.parametrize("killed_at", [3, 4])
-def test_killed_search_goes_on_to_the_same_solver(family, killed_at, models, results, tmp_path, monkeypatch):
-    whole = ClosedForm.search
-
-    def dies(self, nfe, *args, **kwargs):
-        if nfe == killed_at:
-            self.fit(nfe, (0.1, 0, 0), 1e-4)  # work that is lost
-            raise Killed
-        return whole(self, nfe, *args, **kwargs)
-
-    monkeypatch.setattr(ClosedForm, "search", dies)
-    with pytest.raises(Killed):
-        search(models[family], tmp_path / "out")
-    if killed_at == 4:
-        assert DSSolverScheduler.from_pretrained(tmp_path / "out").tables == (3,)
-    monkeypatch.setattr(ClosedForm, "search", whole)
-    search(models[family], tmp_path / "out")
-    files = [json.loads((f / "scheduler_config.json").read_text()) for f in (tmp_path / "out", results[family])]
-    assert without_clock(files[0]) == without_clock(files[1])
-    assert not [p for p in (tmp_path / "out").rglob("*") if p.suffix == ".tmp" or p.name.startswith("tmp")]
-
-
 def test_more_step_counts_are_added_to_a_finished_search(models, results, tmp_path):
     search(models["flow"], tmp_path, nfe=[3], fill_nfe=[])
     only = DSSolverScheduler.from_pretrained(tmp_path)
@@ -997,27 +973,6 @@ def test_paper_counts_a_backward_pass_as_two(models, tmp_path):
     validation = guided * 3 * (1 + (1 + 3) * 2)  # the first call, then the paper's solver and three classical ones
     state = json.loads((tmp_path / "search_state.json").read_text())
     assert state["network_evaluations"] == teacher + update + validation
-
-
-def test_killed_paper_search_goes_on_to_the_same_solver(models, tmp_path, monkeypatch):
-    search(models["flow"], tmp_path / "whole", PAPER)
-    updates = []
-
-    def dies_in_the_second(*args):
-        updates.append(args)
-        if len(updates) == 2:
-            raise Killed  # its forward evaluations are lost, as is their count
-        return paper_loss(*args)
-
-    monkeypatch.setattr(paper_module, "paper_loss", dies_in_the_second)
-    with pytest.raises(Killed):
-        search(models["flow"], tmp_path / "killed", PAPER)
-    search(models["flow"], tmp_path / "killed", PAPER)
-    assert len(updates) == 3
-    folders = [DSSolverScheduler.from_pretrained(tmp_path / name) for name in ("whole", "killed")]
-    assert folders[0].config.solvers == folders[1].config.solvers
-    totals = [json.loads((tmp_path / n / "search_state.json").read_text()) for n in ("whole", "killed")]
-    assert totals[0]["network_evaluations"] == totals[1]["network_evaluations"]
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
