@@ -1,4 +1,4 @@
-"""What a command tells its user on the way: single lines, past any progress bar."""
+"""Single lines that a command tells its user."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from tqdm.auto import tqdm
 
 
 def say(line: str) -> None:
-    """One line to the user, past any progress bar."""
+    """Print a line on stderr, above any progress bar."""
     tqdm.write(line, file=sys.stderr)
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, or else its name."""
+    """The message of an error on one line, or its name if it has none."""
     return " ".join(str(error).split()) or type(error).__name__

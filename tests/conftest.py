@@ -75,3 +75,14 @@ def models(tmp_path_factory):
 def model(models):
     """That of the flow model."""
     return models["flow"]
+
+
+@pytest.fixture(scope="session")
+def results(models, tmp_path_factory):
+    """Folder of a finished closed-form search by family, to be read."""
+    from tests.searches import search
+
+    folder = tmp_path_factory.mktemp("results")
+    for family, model in models.items():
+        search(model, folder / family)
+    return {family: folder / family for family in models}

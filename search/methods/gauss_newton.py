@@ -42,11 +42,12 @@ class Polish:
     Attributes:
         numbers: that move.
         count: of them.
+        shared_calls: by number, as the parametrisation tells them.
     """
 
     def __init__(self, problem: Problem, candidate: Candidate, numbers: Parametrisation) -> None:
         self.problem, self.candidate, self.numbers = problem, candidate, numbers
-        self.count = numbers.count
+        self.count, self.shared_calls = numbers.count, numbers.shared_calls
 
     def plan(self, parameters: Tensor) -> Plan:
         """The solver of parameters (count,)."""
@@ -62,7 +63,7 @@ class Polish:
         the `count` differences of a batch."""
         gram = torch.zeros(self.count, self.count, dtype=torch.float64)
         right = torch.zeros(self.count, dtype=torch.float64)
-        plan, shared_calls = self.plan(parameters), self.numbers.shared_calls
+        plan = self.plan(parameters)
         for batch in self.problem.batches(self.problem.train, plan, keep=True):
             run = batch.run(plan, shared_calls=1)
             difference = DIFFERENCES[run.final.dtype]
@@ -72,7 +73,7 @@ class Polish:
             for k in range(self.count):
                 moved = parameters.clone()
                 moved[k] += difference
-                there = batch.errors(self.plan(moved), shared_calls[k]).flatten()
+                there = batch.errors(self.plan(moved), self.shared_calls[k]).flatten()
                 columns.append(((there.double() - here) / difference).to(precision))
                 on_call()
             jacobian = torch.stack(columns)

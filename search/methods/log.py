@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from .problem import Candidate
@@ -30,6 +31,13 @@ class Log:
 
     def remember(self, task: Mapping[str, Any], result: Mapping[str, Any]) -> None:
         """Keep the result of a task, `network_evaluations` among it, until the solver that it serves is kept."""
+
+    def checkpoint(self, name: str) -> tuple[Path | None, str]:
+        """File for a method's own checkpoint, and the key of the search that must stand in it."""
+        return None, ""
+
+    def recalled(self, evaluations: int) -> None:
+        """Count evaluations of a killed run whose results are kept."""
 
     @contextmanager
     def progress(self, description: str, unit: str, total: int) -> Iterator[Callable[..., None]]:

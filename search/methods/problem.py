@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from diffusers_dssolver.solver import SolverSpec
@@ -113,6 +114,8 @@ class Problem:
         num_trial_samples: so many of its training samples serve to compare step warps.
         reduce: sum over processes.
         batch_size: samples that run together.
+        share: those of some global sample indices that this process runs.
+        accelerator: the processes.
         differentiable: which of `GROUPS` get gradients through the pipeline.
         perceptual: the objective on decoded images, if it is asked for.
     """
@@ -123,6 +126,8 @@ class Problem:
     num_trial_samples: int
     reduce: Reduce = field(default=lambda mine: mine)
     batch_size: int = 64
+    share: Callable[[range], range] = field(default=lambda every: every)
+    accelerator: Accelerator = field(default_factory=Accelerator)
     differentiable: Collection[str] = GROUPS
     perceptual: Any = None
     _first_calls: dict[Any, Replay] = field(default_factory=dict, init=False, repr=False)

@@ -1,590 +1,114 @@
-"""The `search` command: references, then one solver per NFE, then the other step counts; a folder that
-`DSSolverScheduler.from_pretrained` reads stands complete after every NFE, and a killed run goes on after the last one.
-"""
+"""The `search` command: the teacher, a solver for each step count that is asked for, then the other step counts."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import asdict, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from accelerate import Accelerator
-from torch import Tensor
 from tqdm.auto import tqdm
 
-from diffusers_dssolver import DSSolverScheduler
-from diffusers_dssolver.card import without_paths
-from diffusers_dssolver.derive import from_neighbours
-from diffusers_dssolver.solver import SolverSpec
-
-from ..console import say
-from ..images.networks import load_feature_network
-from ..pipeline.loading import load_pipeline
-from ..pipeline.plan import Plan
-from ..pipeline.prompts import prompts_of
-from ..pipeline.sampler import Sampler
-from ..pipeline.student import Student
-from ..processes import from_main, reduced
-from ..settings import GROUPS, PERCEPTUAL, SearchConfig
-from ..storage import Damaged, Journal, drop_torn_line, read_record, remove_partial_files, write_record, write_text
+from ..processes import from_main, launched
+from ..settings import SearchConfig
 from ..teacher.convergence import Convergence, convergence
-from ..teacher.ends import check_end, even_nodes
-from ..teacher.trajectories import Teacher, teacher_trajectory
-from .closed_form import IDENTITY, Fits, closed_form, fitted, validated, warped_nodes
-from .gauss_newton import parametrised, polish
+from .closed_form import closed_form
+from .fill import classical, entry_of, fill
 from .gradient import gradient
 from .log import Log
-from .objective import paper_loss
-from .paper import fit
-from .parameters import PaperParameters, current
-from .perceptual import MOST_CALLS, Perceptual
+from .paper import paper
 from .preflight import preflight
-from .problem import Candidate, Problem, Samples, comparable
+from .problem import Candidate, Problem
+from .record import Record, how_to_go_on
+from .setup import Setup
 
-SOLVER_KEYS = ("nodes", "timesteps", "coefficients")
-# of a solver that the pipeline already had
-OWN_KEYS = (
-    "solvers", "guidance_solvers", "guidance_scale", "provenance", "strict", "history_length", "searched_shift",
-    "interpolate_corrections",
-)  # fmt: skip
-# of each solver, in the provenance
-RECORDED = (
-    "kind", "source", "validation_mse", "classical_mse", "rejected", "warp", "ridge", "parameters", "stages"
-)  # fmt: skip
-SCHEDULER, METRICS = "scheduler_config.json", "metrics.jsonl"
-STATE, PREVIOUS, JOURNAL = "search_state.json", "search_state.previous.json", "trials.jsonl"
-# neither what a solver is fitted to nor how
-NOT_IN_KEY = ("nfe", "output_dir", "batch_size", "fill_nfe", "resume_from_checkpoint")
+Method = Callable[[Problem, int, SearchConfig, Log], Candidate | dict[str, Any]]
+METHODS: dict[str, Method] = {"closed_form": closed_form, "gradient": gradient, "paper": paper}
+SEARCHED, FILLED = "searched", "filled"  # kinds of entries
 
 
-class SearchLog(Log):
-    """Files, progress bars and the journal of one search.
+def search(settings: SearchConfig) -> Record:
+    """The command.
 
-    Attributes:
-        stages: of the solver that is being searched.
+    Raises:
+        ValueError: a setting, the model or the folder is at fault; one line.
+        KeyboardInterrupt: Ctrl-C, with a line that says how to go on.
     """
-
-    def __init__(self, search: Search) -> None:
-        self.search, self.quiet = search, not search.accelerator.is_main_process
-        self.stages: list[dict[str, Any]] = []
-        self._spent = 0
-
-    def begin(self) -> None:
-        """A new solver."""
-        self.stages, self._spent = [], self.evaluations()
-
-    def evaluations(self) -> int:
-        return self.search._evaluations()
-
-    def trial(self, candidate: Candidate) -> None:
-        tried = {"nfe": candidate.nfe, "warp": list(candidate.warp), "ridge": candidate.ridge}
-        self.search._log({**tried, "train_mse": candidate.train_mse, "network_evaluations": self.evaluations()})
-
-    def call(self, **figures: Any) -> None:
-        self.search._log(figures)
-
-    def stage(self, name: str, candidate: Candidate, **figures: float) -> None:
-        spent = self.evaluations()
-        reached = {"stage": name, "validation_mse": candidate.validation_mse, **figures}
-        self.search._log({"nfe": candidate.nfe, **reached, "network_evaluations": spent})
-        self.stages.append({**reached, "network_evaluations": spent - self._spent})
-        self._spent = spent
-
-    def recall(self, task: Mapping[str, Any]) -> dict[str, Any] | None:
-        if known := self.search.journal.get(task):
-            self.search._found_done(known["network_evaluations"])
-        return known
-
-    def remember(self, task: Mapping[str, Any], result: Mapping[str, Any]) -> None:
-        self.search.journal.add(task, result)
-
-    @contextmanager
-    def progress(self, description: str, unit: str, total: int) -> Iterator[Callable[..., None]]:
-        with tqdm(desc=description, unit=unit, total=total, disable=self.quiet) as bar:
-
-            def advance(**figures: Any) -> None:
-                if figures:
-                    bar.set_postfix(refresh=False, **figures)
-                bar.update()
-
-            yield advance
-
-    def say(self, line: str) -> None:
-        if not self.quiet:
-            say(line)
+    with launched(lambda: how_to_go_on(Path(settings.output_dir))) as accelerator:
+        record = run(settings, accelerator)
+        if accelerator.is_main_process:
+            print(record.table())
+    return record
 
 
-class Search:
-    """One run of the command, in every process alike; only the main one writes."""
+def run(settings: SearchConfig, accelerator: Accelerator) -> Record:
+    """The search, in every process alike; what it found stands in the record and its folder."""
+    setup = Setup(settings, accelerator)
+    record = Record(setup)
+    missing = sorted(set(settings.nfe) - set(record.entries(SEARCHED)))
+    if missing:
+        _try_out(setup)
+    _settle_teacher(setup, record)
+    problem, method = setup.problem(), METHODS[settings.method]
+    if problem.perceptual and missing:
+        for samples in (problem.train, problem.validation):
+            batches = -(-len(samples) // settings.batch_size)
+            with record.log.progress(f"teacher's images, {samples.split}", "batch", batches) as advance:
+                problem.perceptual.remember(problem, samples, advance)
+    for nfe in missing:
+        _find(problem, record, nfe, SEARCHED, lambda n: method(problem, n, settings, record.log))
+    if settings.method != "paper" and settings.fill_nfe:
+        first, last = settings.fill_nfe
+        others = [n for n in range(first, last + 1) if str(n) not in record.state["solvers"]]
+        searched = record.entries(SEARCHED)
+        for nfe in tqdm(others, desc="filling other step counts", disable=not setup.main):
+            _find(problem, record, nfe, FILLED, lambda n: fill(problem, n, settings, searched, record.log))
+    if not record.is_whole():  # somebody took or spoiled it
+        record.write()
+    record.log.journal.clear()  # of what was killed between the state and this
+    return record
 
-    def __init__(self, config: SearchConfig) -> None:
-        self.config, self.accelerator = config, Accelerator()
-        self.folder, self.started = Path(config.output_dir), time.time()
-        try:
-            self._open()
-        except ValueError:
-            self.accelerator.end_training()  # every process raises it
-            raise
 
-    def _open(self) -> None:
-        """Load the model, then look at the folder; nothing is written if anything is at fault."""
-        config = self.config
-        pipe = load_pipeline(
-            config.pretrained_model_name_or_path, config.dtype, self.accelerator.device, config.revision
+def _try_out(setup: Setup) -> None:
+    """Run the pipeline on a few samples before anything is spent on it; not counted."""
+    found = preflight(setup.student, gradients=setup.settings.method != "closed_form")
+    setup.say(str(found))
+    setup.note(found)
+    if setup.perceptual:
+        setup.say(setup.perceptual.check())
+
+
+def _settle_teacher(setup: Setup, record: Record) -> None:
+    """Estimate how far the teacher is from converged, and choose its steps if that is asked for; once in a search.
+    Every process runs the same samples, which count once, and takes what the main one finds."""
+    settings, sampler, most = setup.settings, setup.sampler, max(setup.settings.nfe)
+    if "teacher" not in record.state:
+        before = sampler.network_evaluations
+        found = convergence(setup.student, setup.teacher, settings.teacher_tolerance, most, settings.batch_size)
+        spent = sampler.network_evaluations - before
+        if not setup.main:
+            sampler.network_evaluations = before
+        record.keep_teacher(from_main(setup.accelerator, {**asdict(found), "network_evaluations": spent}))
+    known = Convergence(**{k: v for k, v in record.state["teacher"].items() if k != "network_evaluations"})
+    setup.teacher = replace(setup.teacher, steps=known.steps)
+    setup.say(known.line(setup.teacher, settings.teacher_tolerance))
+    if known.steps <= most:
+        raise ValueError(
+            f"nfe asks for {most} calls, but the teacher chosen in this folder takes {known.steps} steps; ask for "
+            "fewer, or choose another --output_dir"
         )
-        if pipe.dtype == torch.float16 and self.accelerator.is_main_process:
-            say("float16 overflows at 65 504, and gradients of times are several per cent off; safer: --dtype bfloat16")
-        self.sampler = Sampler(pipe, config.call_arguments, prompts_of(config), config.seed)
-        self.student = Student(self.sampler)
-        check_end("teacher_end", config.teacher_end, self.student.scheduler.config)
-        self.teacher = Teacher(config.teacher_steps, config.teacher_order, config.teacher_end)
-        self.differentiable: tuple[str, ...] = GROUPS
-        self.perceptual = self._perceptual()
-        self.splits = {"train": config.num_train_samples, "validation": config.num_validation_samples}
-        if config.method == "paper":
-            del self.splits["train"]  # it generates its own
-        self._check_shares()
-        self.state = self._open_state()
-        if self.accelerator.is_main_process:  # every process counts its own, this one also what was kept
-            kept = [entry["network_evaluations"] for entry in self.state["solvers"].values()]
-            kept += [self.state.get("teacher", {}).get("network_evaluations", 0)]
-            self.sampler.network_evaluations = sum(kept)
-            drop_torn_line(self.folder / METRICS)
-        self.journal = Journal(self.folder / JOURNAL, self.state["key"], self.accelerator)
-
-    def _perceptual(self) -> Perceptual | None:
-        """The objective on images, if any step count of this search is for it."""
-        config = self.config
-        wanted = config.method == "gradient" and config.objective == PERCEPTUAL and min(config.nfe) <= MOST_CALLS
-        if not wanted or config.feature_network is None:
-            return None
-        network = load_feature_network(config.feature_network, self.accelerator.device)
-        return Perceptual(network, self.student)
-
-    # --- command ---------------------------------------------------------------------------------------------------
-
-    def __call__(self) -> None:
-        """The whole run.
-
-        Raises:
-            ValueError: a setting, the model or the folder is at fault; one line.
-            KeyboardInterrupt: Ctrl-C, with a line that says how to go on.
-        """
-        try:
-            self._run()
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(self._how_to_go_on()) from None  # no farewell to processes that may be gone
-        except ValueError:
-            self.accelerator.end_training()  # every process raises it
-            raise
-        self.accelerator.end_training()  # without it, a process aborts now and then in the middle of its exit
-
-    def _run(self) -> None:
-        if not all(self._has(nfe) for nfe in self.config.nfe):
-            self._preflight()
-        config = self.config
-        self._settle_teacher()
-        samples = {name: self._samples(name, range(count)) for name, count in self.splits.items()}
-        problem = Problem(
-            self.student,
-            samples.get("train", samples["validation"]),
-            samples["validation"],
-            len(self._share(range(self.config.num_trial_samples))),
-            self._reduce,
-            config.batch_size,
-            self.differentiable,
-            self.perceptual,
-        )
-        self.log = SearchLog(self)
-        if self.perceptual and not all(self._has(nfe) for nfe in self.config.nfe):
-            for part in (problem.train, problem.validation):
-                batches = -(-len(part) // config.batch_size)
-                with self.log.progress(f"teacher's images, {part.split}", "batch", batches) as advance:
-                    self.perceptual.remember(problem, part, advance)
-        for nfe in sorted(set(self.config.nfe)):
-            if not self._has(nfe):
-                began = self._evaluations(), time.time()
-                entry = self._paper(problem, nfe) if self.config.method == "paper" else self._searched(problem, nfe)
-                self._keep(problem, nfe, entry, "searched", began)
-        if self.config.method != "paper" and self.config.fill_nfe:
-            first, last = self.config.fill_nfe
-            missing = [n for n in range(first, last + 1) if str(n) not in self.state["solvers"]]
-            for nfe in tqdm(missing, desc="filling other step counts", disable=not self.accelerator.is_main_process):
-                began = self._evaluations(), time.time()
-                self._keep(problem, nfe, self._filled(problem, nfe), "filled", began)
-        self._mend()
-        self.journal.clear()  # of what was killed between the state and this
-        if self.accelerator.is_main_process:
-            print(self.table())
-
-    def _has(self, nfe: int) -> bool:
-        return bool(self.state["solvers"].get(str(nfe), {}).get("kind") == "searched")
-
-    def _preflight(self) -> None:
-        """Try the pipeline before anything is spent on it, and take out of a descent what gets no gradient. The same in
-        every process, and not counted."""
-        config = self.config
-        found = preflight(self.student, gradients=config.method != "closed_form")
-        if self.accelerator.is_main_process:
-            say(str(found))
-        if config.method != "closed_form" and found.verdict == "forward_only":
-            raise ValueError(f"method {config.method} needs gradients ({found.reason}); closed_form does without")
-        if config.method == "paper" and found.verdict == "coefficients":
-            raise ValueError(f"method paper moves nodes ({found.reason}); closed_form and gradient do without")
-        self.differentiable = found.differentiable
-        if self.perceptual:
-            sentence = self.perceptual.check()
-            if self.accelerator.is_main_process:
-                say(sentence)
-
-    def _searched(self, problem: Problem, nfe: int) -> dict[str, Any]:
-        self.log.begin()
-        found = {"closed_form": closed_form, "gradient": gradient}[self.config.method](
-            problem, nfe, self.config, self.log
-        )
-        return {**_entry(found), "stages": self.log.stages}
-
-    def _filled(self, problem: Problem, nfe: int) -> dict[str, Any]:
-        """The best on held-out samples of closed-form rows on a warp interpolated between the searched ones, polished
-        if few calls make that cheap, the derived solvers, and the classical ones. Below the fewest calls searched the
-        warp is searched: fits are cheap there and warps differ most."""
-        known = {int(n): e for n, e in self.state["solvers"].items() if e["kind"] == "searched"}
-        counts = sorted(known)
-        if nfe < counts[0]:
-            found = fitted(problem, nfe, self.config, self.log)
-        else:
-            warp = [float(np.interp(nfe, counts, [known[n]["warp"][k] for n in counts])) for k in range(3)]
-            ridge = known[min(counts, key=lambda n: abs(n - nfe))]["ridge"]
-            found = validated(problem, Fits(problem, nfe, self.log)(warp, ridge))
-        if nfe <= self.config.fill_polish_nfe:
-            found = polish(problem, found, parametrised(problem, found, self.config.search_over), self.config.polish)
-        searched = {n: SolverSpec.from_dict(_table(e)) for n, e in known.items()}
-        choices = {
-            "closed_form": _entry(found),
-            "derived": _measured(problem, from_neighbours(searched, nfe, self.student.path)),
-            "classical": _classical(problem, nfe),
-        }
-        source = min(choices, key=lambda name: _error(choices[name]))
-        rejected = {name: entry["validation_mse"] for name, entry in choices.items() if name != source}
-        reached = {"source": source, "rejected": rejected, "classical_mse": choices["classical"]["validation_mse"]}
-        return {**choices[source], **reached}
-
-    def _mend(self) -> None:
-        """Write the result again if somebody took or spoiled it."""
-        if not from_main(self.accelerator, _is_json(self.folder / SCHEDULER)) and self.accelerator.is_main_process:
-            self.write()
-
-    def _paper(self, problem: Problem, nfe: int) -> dict[str, Any]:
-        """Algorithm 1 and 2: gradients through the pipeline's call, fresh samples for every update."""
-        config, began, student = self.config, self._evaluations(), self.student
-        parameters = PaperParameters(nfe)
-        iterations = -(-config.num_generated_samples // config.train_batch_size)
-        euler = Teacher(config.reference_steps, 1)
-
-        def collapsed() -> bool:
-            """Whether step sizes vanished, in every process alike: no solver, and for `fit` a reason to roll back."""
-            return not bool((student.nodes(current(parameters).unshifted_nodes).diff() < 0).all())
-
-        def loss_of(iteration: int) -> Tensor:
-            first = iteration * config.train_batch_size
-            batch = self._share(range(first, first + config.train_batch_size))
-            if not batch:
-                return 0.0 * (parameters.r.sum() + parameters.c.sum())
-            taught = teacher_trajectory(student, euler, batch, "train", len(batch), progress=False)
-            if collapsed():
-                return math.nan * (parameters.r.sum() + parameters.c.sum())
-            plan = parameters.plan()
-            before = self.sampler.network_evaluations
-            run = student.run(plan, batch, "train")
-            self.sampler.network_evaluations += 2 * (self.sampler.network_evaluations - before)  # the backward pass
-            wanted = [taught.nearest(node).to(run.final.device) for node in plan.unshifted_nodes]
-            return paper_loss(run.states, wanted) * len(batch) / config.train_batch_size
-
-        def validate() -> float:
-            return math.nan if collapsed() else problem.score(current(parameters))
-
-        def log(record: dict[str, Any]) -> None:
-            self._log({"nfe": nfe, **record, "network_evaluations": self._evaluations()})
-
-        def on_resume(evaluations: int) -> None:
-            self._found_done(evaluations)
-            with self.sampler.uncounted():
-                list(problem.batches(problem.validation, Plan(even_nodes(nfe))))
-
-        best = fit(
-            parameters,
-            loss_of,
-            iterations,
-            config.learning_rate,
-            self.accelerator,
-            validate,
-            config.validation_steps,
-            self.folder / f"paper-{nfe}.safetensors",
-            log,
-            f"paper, {nfe} calls",
-            self.state["key"],
-            lambda: self._evaluations() - began,
-            on_resume,
-        )
-        spec = student.spec(current(parameters))
-        return {**spec.to_dict(), "parameters": parameters.count, "validation_mse": best}
-
-    # --- keeping ---------------------------------------------------------------------------------------------------
-
-    def _keep(self, problem: Problem, nfe: int, entry: dict[str, Any], kind: str, began: tuple[int, float]) -> None:
-        """Add one solver to the state and write the whole result anew."""
-        if "classical_mse" not in entry:
-            entry["classical_mse"] = _classical(problem, nfe)["validation_mse"]
-        entry |= {
-            "kind": kind,
-            "network_evaluations": self._evaluations() - began[0],
-            "seconds": round(time.time() - began[1], 1),
-        }
-        self.state["solvers"][str(nfe)] = entry
-        self.state["network_evaluations"] = self._evaluations()
-        self.state["searched_shift"] = self.student.searched_shift
-        self._log(
-            {
-                "nfe": nfe,
-                **{k: v for k, v in entry.items() if k not in SOLVER_KEYS},
-                "total_network_evaluations": self._evaluations(),
-            }
-        )
-        if self.accelerator.is_main_process:
-            self.write()
-
-    def write(self) -> None:
-        """`scheduler_config.json` and the state, each renamed into place."""
-        config = {k: v for k, v in self.sampler.pipe.scheduler.config.items() if k not in OWN_KEYS}
-        scheduler = DSSolverScheduler.from_config(
-            config,
-            solvers=self._tables(),
-            provenance=self.provenance(),
-            searched_shift=self.state["searched_shift"],
-        )
-        write_text(self.folder / SCHEDULER, scheduler.to_json_string())
-        self._write_state(self.state)
-        self.journal.clear()
-
-    def _write_state(self, state: dict[str, Any]) -> None:
-        """The state, the one before it kept beside it."""
-        with suppress(FileNotFoundError):
-            os.replace(self.folder / STATE, self.folder / PREVIOUS)
-        write_record(self.folder / STATE, state)
-
-    def _tables(self) -> dict[str, dict[str, Any]]:
-        return {n: _table(e) for n, e in self.state["solvers"].items()}
-
-    def provenance(self) -> dict[str, Any]:
-        config = self.config
-        facts: dict[str, Any] = {
-            "kind": "searched",
-            "method": config.method,
-            "model": Path(config.pretrained_model_name_or_path).name
-            if Path(config.pretrained_model_name_or_path).exists()
-            else config.pretrained_model_name_or_path,
-            "revision": config.revision,
-            "pipeline": type(self.sampler.pipe).__name__,
-            "call": config.call_arguments,
-            "dtype": str(self.sampler.pipe.dtype).removeprefix("torch."),
-            "teacher": {**self.teacher.facts(), "estimated_mse": self.state["teacher"]["estimated_mse"]},
-            "samples": {
-                "train": config.num_generated_samples if config.method == "paper" else config.num_train_samples,
-                "validation": config.num_validation_samples,
-            },
-            "seed": config.seed,
-            "settings": without_paths(config.changed()),
-            "processes": self.accelerator.num_processes,
-            "network_evaluations": self.state["network_evaluations"],
-            "results": {n: {k: e[k] for k in RECORDED if k in e} for n, e in self.state["solvers"].items()},
-            "versions": {name: _version(name) for name in ("diffusers-dssolver", "diffusers", "torch")},
-        }
-        return facts
-
-    def table(self) -> str:
-        """What was found, by step count: held-out final-state mse of the best classical solver and of ours."""
-        lines = [
-            "",
-            f"{'NFE':>4} {'kind':20} {'classical':>10} {'ours':>10} {'ratio':>6} {'evaluations':>12} {'seconds':>8}",
-        ]
-        for n, e in sorted(self.state["solvers"].items(), key=lambda item: int(item[0])):
-            ratio = e["validation_mse"] / e["classical_mse"]
-            note = "  worse than classical" if ratio > 1 else ""
-            kind = e["kind"] + (f", {e['source']}" if "source" in e else "")
-            lines.append(
-                f"{n:>4} {kind:20} {e['classical_mse']:10.3g} {e['validation_mse']:10.3g} {ratio:6.2f} "
-                f"{e['network_evaluations']:12,} {e['seconds']:8.1f}{note}"
-            )
-            lines += [
-                f"{'':4}   {s['stage']:29} {s['validation_mse']:10.3g} {'':6} {s['network_evaluations']:12,}"
-                for s in e.get("stages", [])
-            ]
-        lines.append(
-            f"held-out final-state mse; {self.state['network_evaluations']:,} network evaluations, teacher included"
-        )
-        return "\n".join([*lines, f"solver written to {self.folder}"])
-
-    def _share(self, indices: range) -> range:
-        """Those of these global sample indices that this process runs."""
-        return indices[self.accelerator.process_index :: self.accelerator.num_processes]
-
-    def _check_shares(self) -> None:
-        processes = self.accelerator.num_processes
-        counts = dict(self.splits)
-        if self.config.method != "paper":
-            counts["trial"] = min(self.config.num_trial_samples, self.config.num_train_samples)
-        for name, count in counts.items():
-            if count < processes:
-                raise ValueError(f"{count} {name} samples for {processes} processes; each needs one")
-
-    def _settle_teacher(self) -> None:
-        """How far the teacher is from converged, and its step count if that is to be chosen: once in a search. Every
-        process runs the same samples, which count once, and takes what the main one finds."""
-        config, main = self.config, self.accelerator.is_main_process
-        if "teacher" not in self.state:
-            before = self.sampler.network_evaluations
-            found = convergence(
-                self.student, self.teacher, config.teacher_tolerance, max(config.nfe), config.batch_size
-            )
-            spent = {"network_evaluations": self.sampler.network_evaluations - before}
-            if not main:
-                self.sampler.network_evaluations = before
-            self.state["teacher"] = from_main(self.accelerator, {**asdict(found), **spent})
-            self._log({"teacher": self.state["teacher"], "network_evaluations": self._evaluations()})
-            if main:
-                self._write_state(self.state)
-        known = {k: v for k, v in self.state["teacher"].items() if k != "network_evaluations"}
-        self.teacher = replace(self.teacher, steps=known["steps"])
-        if main:
-            say(Convergence(**known).line(self.teacher, config.teacher_tolerance))
-        if known["steps"] <= max(config.nfe):
-            raise ValueError(
-                f"nfe asks for {max(config.nfe)} calls, but the teacher chosen in this folder takes {known['steps']} "
-                "steps; ask for fewer, or choose another --output_dir"
-            )
-
-    def _samples(self, split: str, indices: range) -> Samples:
-        share, config, before = self._share(indices), self.config, self.sampler.network_evaluations
-        found = teacher_trajectory(
-            self.student, self.teacher, share, split, config.batch_size, self.folder / "cache",
-            self.accelerator.is_main_process,
-        )  # fmt: skip
-        self.sampler.network_evaluations = before + found.network_evaluations  # those of an earlier, killed run too
-        return Samples(split, share, found)
-
-    def _open_state(self) -> dict[str, Any]:
-        """The state of an earlier, killed run of the very same search, or a new one; what the main process finds."""
-        found = from_main(self.accelerator, self._found_state() if self.accelerator.is_main_process else {})
-        if "error" in found:
-            raise ValueError(found["error"])
-        return found
-
-    def _found_state(self) -> dict[str, Any]:
-        resumable = {k: v for k, v in asdict(self.config).items() if k not in NOT_IN_KEY}
-        made_of = [resumable, self.sampler.fingerprint()]
-        if self.perceptual:
-            made_of.append(self.perceptual.network.digest)
-        key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
-        files = [file for file in (self.folder / STATE, self.folder / PREVIOUS) if file.exists()]
-        if files and self.config.resume_from_checkpoint == "none":
-            return {"error": f"{self.folder} holds a search; choose another --output_dir, or go on with latest"}
-        for file in files:
-            try:
-                state = read_record(file)
-            except Damaged as error:
-                say(f"{file} is damaged and left out: {error}")
-                continue
-            if state.get("key") != key:
-                other = f"{self.folder} holds another search (other model or settings)"
-                return {"error": f"{other}; choose another --output_dir"}
-            if state["solvers"]:
-                say(f"going on in {self.folder}: solvers for {', '.join(state['solvers'])} calls are there")
-            return state
-        if files:
-            say(f"no state of {self.folder} could be read; the search starts over from its references")
-        elif (self.folder / SCHEDULER).exists():
-            other = f"{self.folder} holds a solver that this search did not make"
-            return {"error": f"{other}; choose another --output_dir"}
-        (self.folder / "cache").mkdir(parents=True, exist_ok=True)
-        for folder in (self.folder, self.folder / "cache"):
-            remove_partial_files(folder)
-        state = {"key": key, "network_evaluations": 0, "solvers": {}}
-        self._write_state(state)
-        return state
-
-    def _how_to_go_on(self) -> str:
-        finished = ", ".join(sorted(self.state["solvers"], key=int)) or "no"
-        return f"interrupted; {self.folder} holds solvers for {finished} calls; the same command goes on from there"
-
-    def _log(self, record: dict[str, Any]) -> None:
-        if self.accelerator.is_main_process:
-            with (self.folder / METRICS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**record, "seconds_since_start": round(time.time() - self.started, 2)}) + "\n")
-
-    def _found_done(self, evaluations: int) -> None:
-        """Count what an earlier, killed run did and kept; work that was lost with it is not counted."""
-        if self.accelerator.is_main_process:
-            self.sampler.network_evaluations += evaluations
-
-    def _evaluations(self) -> int:
-        return int(self._reduce(torch.tensor(self.sampler.network_evaluations)))
-
-    def _reduce(self, tensor: Tensor) -> Tensor:
-        return reduced(self.accelerator, tensor)
 
 
-def search(config: SearchConfig) -> None:
-    """The command."""
-    Search(config)()
-
-
-def _entry(found: Candidate) -> dict[str, Any]:
-    """A fitted solver as it stands in the state."""
-    how = {"warp": list(found.warp), "ridge": found.ridge, "validation_mse": found.validation_mse}
-    return {**found.spec.to_dict(), **how}
-
-
-def _table(entry: dict[str, Any]) -> dict[str, Any]:
-    """The solver alone, as it is published."""
-    return {k: entry[k] for k in SOLVER_KEYS if k in entry}
-
-
-def _measured(problem: Problem, spec: SolverSpec) -> dict[str, Any]:
-    return {**spec.to_dict(), "validation_mse": problem.score(Plan.of(spec))}
-
-
-def _classical(problem: Problem, nfe: int) -> dict[str, Any]:
-    """The best classical solver on uniform nodes, of order 1 to 3."""
-    tried = []
-    for order in (1, 2, 3):
-        plan = Plan(warped_nodes(IDENTITY, nfe), order=order)
-        tried.append({**problem.student.spec(plan).to_dict(), "validation_mse": problem.score(plan)})
-    return min(tried, key=_error)
-
-
-def _error(entry: dict[str, Any]) -> float:
-    return comparable(entry["validation_mse"])
-
-
-def _is_json(file: Path) -> bool:
-    try:
-        return isinstance(json.loads(file.read_text(encoding="utf-8")), dict)
-    except (OSError, ValueError):
-        return False
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+def _find(
+    problem: Problem, record: Record, nfe: int, kind: str, make: Callable[[int], Candidate | dict[str, Any]]
+) -> None:
+    """Find one solver, compare it with the classical ones, and keep it."""
+    record.log.begin()
+    before, began = record.log.evaluations(), time.time()
+    found = make(nfe)
+    entry = entry_of(found) if isinstance(found, Candidate) else found
+    if "classical_mse" not in entry:
+        entry["classical_mse"] = classical(problem, nfe)["validation_mse"]
+    record.keep(nfe, entry, kind, time.time() - began, before)

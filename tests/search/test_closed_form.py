@@ -208,6 +208,7 @@ def test_the_best_of_several_starts_is_taken(monkeypatch):
     assert [group[0].warp for group in groups] == list(starts)  # half of the trials each, no warp twice
     assert [c.warp for c in firsts] == [min(group, key=lambda c: c.train_mse).warp for group in groups]
     taken = min(range(3), key=lambda k: firsts[k].train_mse)
+    assert taken != 0  # else one start would do here
     tried = [*groups[taken], *candidates[12:15]]  # and the other half by the best
     assert len({c.warp for c in tried}) == trials
     finalists = [c.warp for c in sorted(tried, key=lambda c: c.train_mse)[:5]]

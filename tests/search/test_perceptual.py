@@ -17,7 +17,7 @@ from torch.nn.utils import vector_to_parameters
 from diffusers_dssolver.pipelines import SiTPipeline
 from dssolver_search.images.networks import FeatureNetwork, distance, load_feature_network
 from dssolver_search.methods import gradient
-from dssolver_search.methods import search as run_module
+from dssolver_search.methods import setup as search_setup
 from dssolver_search.methods.closed_form import fit, validated
 from dssolver_search.methods.gauss_newton import parametrised
 from dssolver_search.methods.gradient import PerceptualDescent
@@ -486,7 +486,7 @@ def test_more_than_six_calls_fall_back_with_a_line(counts, model, tmp_path, monk
         gradient.Descent, "__init__", lambda self, *args: seen.append((type(self), args[3])) or plain(self, *args)
     )
     if counts == [7]:
-        monkeypatch.setattr(run_module, "load_feature_network", lambda *args: pytest.fail("it is not needed"))
+        monkeypatch.setattr(search_setup, "load_feature_network", lambda *args: pytest.fail("it is not needed"))
     search(model, tmp_path, PERCEPTUAL, nfe=counts)
     assert [loss for kind, loss in seen if kind is gradient.Descent] == [terminal_loss]
     assert len(seen) == len(counts)
@@ -503,7 +503,7 @@ def test_more_than_six_calls_fall_back_with_a_line(counts, model, tmp_path, monk
     ],
 )
 def test_a_search_that_cannot_work_ends_before_its_references(changes, reason, model, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run_module, "teacher_trajectory", lambda *args: pytest.fail("work was spent"))
+    monkeypatch.setattr(search_setup, "teacher_trajectory", lambda *args: pytest.fail("work was spent"))
     with pytest.raises(SystemExit):
         search(model, tmp_path, PERCEPTUAL, **changes)
     error = capsys.readouterr().err.strip().splitlines()[-1]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from dssolver_search.methods.closed_form import fit, validated
 from dssolver_search.methods.gauss_newton import parametrised, polish
-from dssolver_search.methods.search import Search
+from dssolver_search.methods.setup import Setup
 from dssolver_search.pipeline.loading import load_pipeline, saved_dtype
 from dssolver_search.pipeline.plan import Plan
 from dssolver_search.settings import SearchConfig
@@ -46,7 +47,7 @@ def test_float16_is_warned_about(tmp_path, capsys):
     settings = {"pretrained_model_name_or_path": str(tmp_path / "model"), "nfe": [3], "fill_nfe": []}
 
     def opened(dtype):
-        Search(SearchConfig(**settings, output_dir=str(tmp_path / dtype), dtype=dtype))
+        Setup(SearchConfig(**settings, output_dir=str(tmp_path / dtype), dtype=dtype), Accelerator())
         captured = capsys.readouterr()
         return "float16 overflows" in captured.out + captured.err
 

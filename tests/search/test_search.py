@@ -14,22 +14,21 @@ from accelerate import Accelerator
 from diffusers_dssolver import DSSolverScheduler
 from diffusers_dssolver.pipelines import SiTPipeline
 from dssolver_search.cli import main
-from dssolver_search.methods import search as run_module
-from dssolver_search.methods.closed_form import ClosedForm
-from dssolver_search.methods.objective import paper_loss
-from dssolver_search.methods.paper import fit
+from dssolver_search.methods import closed_form
+from dssolver_search.methods import fill as fill_module
+from dssolver_search.methods import setup as search_setup
+from dssolver_search.methods.paper import Loop
 from dssolver_search.pipeline.loading import load_pipeline
 from dssolver_search.pipeline.sampler import Sampler
-from dssolver_search.settings import STARTS
 from tests.families import (
     CLASSES,
-    FAMILIES,
     both,
     make_pipe,
     make_sampler,
-    quiet_reference,
+    make_student,
+    trajectory_of,
 )
-from tests.searches import CLOSED_FORM, PAPER, Killed, lines_of, refused, search, without_clock
+from tests.searches import CLOSED_FORM, PAPER, Killed, lines_of, refused, search
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torchvision.*")
 
@@ -52,7 +51,7 @@ class Bowl(torch.nn.Module):
 
 def fit_bowl(bowl, iterations, validate=None, loss_of=None, every=2, lr=0.01, **kwargs):
     validate = validate or (lambda: bowl.loss(1000).item())
-    return fit(bowl, loss_of or bowl.loss, iterations, lr, Accelerator(), validate, every, **kwargs)
+    return Loop(bowl, loss_of or bowl.loss, validate, Accelerator(), iterations, lr, every, **kwargs).run()
 
 
 def test_first_lion_step_is_the_sign_of_the_gradient():
@@ -107,15 +106,6 @@ def test_best_validation_is_put_in_place():
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def results(models, tmp_path_factory):
-    """Folder of a finished closed-form search by family."""
-    folder = tmp_path_factory.mktemp("results")
-    for family in FAMILIES:
-        search(models[family], folder / family)
-    return {family: folder / family for family in FAMILIES}
-
-
 def held_out_mse(model, folder, nfe, wanted, settings, by_config):
     """The solver in the pipeline's plain call on the validation samples."""
     pipe = load_pipeline(str(model))
@@ -137,8 +127,8 @@ def test_solver_does_in_the_pipeline_what_its_provenance_says(family, models, re
     assert set(facts["results"]) == {"3", "4", "5"} and {"3", "4"} <= set(config["solvers"])
     assert [facts["results"][n]["kind"] for n in "34"] == ["searched"] * 2
     assert facts["results"]["5"]["kind"] == "filled" and set(config["solvers"]) == {"3", "4", "5"}
-    sampler = make_sampler(load_pipeline(str(models[family])), seed=5)
-    wanted = quiet_reference(sampler, range(3), "validation").final
+    student = make_student(load_pipeline(str(models[family])), seed=5)
+    wanted = trajectory_of(student, range(3), "validation").final
     for nfe in config["solvers"]:
         claimed = facts["results"][nfe]["validation_mse"]
         for by_config in (False, True):
@@ -193,14 +183,14 @@ def test_filled_tables_are_the_best_of_three(family, results):
 def test_a_fill_takes_whatever_is_best_on_held_out_samples(best, models, tmp_path, monkeypatch, capsys):
     """Each of the three made the best in turn, by what it is said to reach."""
     made = {}
-    for name, function in (("classical", "_classical"), ("derived", "_measured"), ("closed_form", "_entry")):
-        real = getattr(run_module, function)
+    for name, function in (("classical", "classical"), ("derived", "derived"), ("closed_form", "entry_of")):
+        real = getattr(fill_module, function)
 
         def measured(*args, name=name, real=real):
             made[name] = real(*args) | {"validation_mse": 1e-9 if name == best else 1.0}
             return made[name]
 
-        monkeypatch.setattr(run_module, function, measured)
+        monkeypatch.setattr(fill_module, function, measured)
     search(models["flow"], tmp_path, nfe=[3], fill_nfe=[5, 5], trials=1, polish=0)
     config = json.loads((tmp_path / "scheduler_config.json").read_text())
     assert config["provenance"]["results"]["5"]["source"] == best
@@ -208,46 +198,12 @@ def test_a_fill_takes_whatever_is_best_on_held_out_samples(best, models, tmp_pat
     assert f"filled, {best}" in capsys.readouterr().out
 
 
-def test_the_best_of_several_starts_is_taken(models, tmp_path, monkeypatch):
-    """Best by the fit of its best trial to all training samples; what is written is that start's alone."""
-    fits, trials = [], 6
-    fit, polished = ClosedForm.fit, run_module.polish
-
-    def watched(form, nfe, warp, ridge, samples=None):
-        fits.append((samples is not None, fit(form, nfe, warp, ridge, samples)))
-        return fits[-1][1]
-
-    def improved(form, found, *rest):
-        fits.append((None, found))
-        return polished(form, found, *rest)
-
-    monkeypatch.setattr(ClosedForm, "fit", watched)
-    monkeypatch.setattr(run_module, "polish", improved)
-    search(models["vp"], tmp_path, nfe=[4], fill_nfe=[], trials=trials, starts=3, polish=1, num_train_samples=8)
-    on_few = [which for which, _ in fits]
-    assert on_few == [*([True] * 3 + [False]) * 3, *[True] * 3, *[False] * 6, None]
-    candidates = [c for _, c in fits]
-    groups, firsts = [candidates[k : k + 3] for k in (0, 4, 8)], candidates[3:12:4]
-    assert [group[0].warp for group in groups] == list(STARTS[:3])  # half of the trials each, no warp twice
-    assert [c.warp for c in firsts] == [min(group, key=lambda c: c.train_mse).warp for group in groups]
-    taken = min(range(3), key=lambda k: firsts[k].train_mse)
-    assert taken != 0  # else one start would do here
-    tried = [*groups[taken], *candidates[12:15]]  # and the other half by the best
-    assert len({c.warp for c in tried}) == trials
-    finalists = [c.warp for c in sorted(tried, key=lambda c: c.train_mse)[:5]]
-    again = [c.warp for c in candidates[15:19]]
-    assert [w for w in finalists if w != firsts[taken].warp] == again
-    found = candidates[-1]
-    facts = DSSolverScheduler.from_pretrained(tmp_path).config.provenance["results"]["4"]
-    assert tuple(facts["warp"]) == found.warp and found.warp in finalists
-
-
 def test_fewer_calls_than_any_searched_are_searched(models, tmp_path, monkeypatch):
     """Not fitted on the warp of more calls: the solver is that of a search which asks for them, before any polish."""
-    settings = {"trials": 6, "polish": 0, "num_train_samples": 8}
+    settings = {"trials": 4, "starts": 2, "polish": 0}
     search(models["flow"], tmp_path / "asked", nfe=[3], fill_nfe=[], **settings)
-    searched, find = [], ClosedForm.search
-    monkeypatch.setattr(ClosedForm, "search", lambda form, nfe, *rest: searched.append(nfe) or find(form, nfe, *rest))
+    searched, find = [], closed_form.search_warp
+    monkeypatch.setattr(closed_form, "search_warp", lambda fits, *rest: searched.append(fits.nfe) or find(fits, *rest))
     search(models["flow"], tmp_path / "filled", nfe=[4], fill_nfe=[3, 5], **settings)
     assert searched == [4, 3]
     asked, filled = (DSSolverScheduler.from_pretrained(tmp_path / name).config for name in ("asked", "filled"))
@@ -260,7 +216,7 @@ def test_fewer_calls_than_any_searched_are_searched(models, tmp_path, monkeypatc
 
 def test_few_calls_are_polished_when_they_are_filled(models, tmp_path):
     def filled(folder, **settings):
-        search(models["flow"], tmp_path / folder, nfe=[4], fill_nfe=[3, 3], trials=2, num_train_samples=8, **settings)
+        search(models["flow"], tmp_path / folder, nfe=[4], fill_nfe=[3, 3], trials=2, starts=1, **settings)
         return json.loads((tmp_path / folder / "scheduler_config.json").read_text())
 
     plain, polished = filled("plain", fill_polish_nfe=2), filled("polished", fill_polish_nfe=3)
@@ -299,29 +255,6 @@ def test_another_search_in_the_same_folder_is_refused(change, models, results, c
     assert {p.name: p.read_bytes() for p in results["flow"].iterdir() if p.is_file()} == before
 
 
-@both
-@pytest.mark.parametrize("killed_at", [3, 4])
-def test_killed_search_goes_on_to_the_same_solver(family, killed_at, models, results, tmp_path, monkeypatch):
-    whole = ClosedForm.search
-
-    def dies(self, nfe, *args, **kwargs):
-        if nfe == killed_at:
-            self.fit(nfe, (0.1, 0, 0), 1e-4)  # work that is lost
-            raise Killed
-        return whole(self, nfe, *args, **kwargs)
-
-    monkeypatch.setattr(ClosedForm, "search", dies)
-    with pytest.raises(Killed):
-        search(models[family], tmp_path / "out")
-    if killed_at == 4:
-        assert DSSolverScheduler.from_pretrained(tmp_path / "out").tables == (3,)
-    monkeypatch.setattr(ClosedForm, "search", whole)
-    search(models[family], tmp_path / "out")
-    files = [json.loads((f / "scheduler_config.json").read_text()) for f in (tmp_path / "out", results[family])]
-    assert without_clock(files[0]) == without_clock(files[1])
-    assert not [p for p in (tmp_path / "out").rglob("*") if p.suffix == ".tmp" or p.name.startswith("tmp")]
-
-
 def test_more_step_counts_are_added_to_a_finished_search(models, results, tmp_path):
     search(models["flow"], tmp_path, nfe=[3], fill_nfe=[])
     only = DSSolverScheduler.from_pretrained(tmp_path)
@@ -345,8 +278,8 @@ def test_paper_search_writes_a_solver_that_loads(family, models, tmp_path):
     # c of the last two rows: one each; two Lion steps of 0.01 leave each parameter within 0.02 of its start
     assert facts["parameters"] == 3 + 2
     rows = scheduler.config.solvers["3"]["coefficients"]
-    sampler = make_sampler(load_pipeline(str(models[family])))
-    wanted = quiet_reference(sampler, range(3), "validation").final
+    student = make_student(load_pipeline(str(models[family])))
+    wanted = trajectory_of(student, range(3), "validation").final
     found = held_out_mse(models[family], tmp_path, 3, wanted, PAPER, by_config=False)
     assert found == pytest.approx(facts["validation_mse"], rel=1e-3)
     assert all(abs(w) <= 0.02 + 1e-9 for row in rows for w in row[:-1])
@@ -364,27 +297,6 @@ def test_paper_counts_a_backward_pass_as_two(models, tmp_path):
     validation = guided * 3 * (1 + (1 + 3) * 2)  # the first call, then the paper's solver and three classical ones
     state = json.loads((tmp_path / "search_state.json").read_text())
     assert state["network_evaluations"] == teacher + update + validation
-
-
-def test_killed_paper_search_goes_on_to_the_same_solver(models, tmp_path, monkeypatch):
-    search(models["flow"], tmp_path / "whole", PAPER)
-    updates = []
-
-    def dies_in_the_second(*args):
-        updates.append(args)
-        if len(updates) == 2:
-            raise Killed  # its forward evaluations are lost, as is their count
-        return paper_loss(*args)
-
-    monkeypatch.setattr(run_module, "paper_loss", dies_in_the_second)
-    with pytest.raises(Killed):
-        search(models["flow"], tmp_path / "killed", PAPER)
-    search(models["flow"], tmp_path / "killed", PAPER)
-    assert len(updates) == 3
-    folders = [DSSolverScheduler.from_pretrained(tmp_path / name) for name in ("whole", "killed")]
-    assert folders[0].config.solvers == folders[1].config.solvers
-    totals = [json.loads((tmp_path / n / "search_state.json").read_text()) for n in ("whole", "killed")]
-    assert totals[0]["network_evaluations"] == totals[1]["network_evaluations"]
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
@@ -429,7 +341,7 @@ class PromptPipeline(SiTPipeline):
 def test_pipeline_with_prompts_needs_some(models, tmp_path, capsys, monkeypatch):
     source = make_pipe("flow")
     pipe = PromptPipeline(source.transformer, source.scheduler)
-    monkeypatch.setattr(run_module, "load_pipeline", lambda *args: pipe)
+    monkeypatch.setattr(search_setup, "load_pipeline", lambda *args: pipe)
     line = refused(capsys, lambda: search(models["flow"], tmp_path / "out"))
     assert "prompts_file" in line
     (tmp_path / "empty.txt").write_text("\n \n")

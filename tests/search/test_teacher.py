@@ -13,6 +13,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers_dssolver.paths import FlowPath
 from diffusers_dssolver.pipelines import SiTPipeline
 from dssolver_search.methods import search as run_module
+from dssolver_search.methods import setup as search_setup
 from dssolver_search.pipeline.loading import load_pipeline
 from dssolver_search.storage import read_record
 from dssolver_search.teacher import trajectories
@@ -269,7 +270,7 @@ def test_chosen_steps_serve_the_search_and_are_neither_chosen_nor_counted_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "teacher_trajectory", killed)
+        patch.setattr(search_setup, "teacher_trajectory", killed)
         with pytest.raises((KeyboardInterrupt, SystemExit)):
             search(models["flow"], tmp_path / "killed", settings)
     assert read_record(tmp_path / "killed" / STATE)["teacher"] == state["teacher"]
