@@ -174,15 +174,15 @@ def search_warp(fits: Fits, trials: int, ridge: float, starts: Sequence[Warp] = 
     return min((validated(fits.problem, c) for c in finalists), key=lambda c: comparable(c.validation_mse))
 
 
-def fits_of(trials: int, starts: int) -> int:
-    """How many fits `search_warp` makes at most."""
-    return trials + (starts - 1) * -(-trials // 2) + starts - 1 + min(KEEP, trials) + len(RIDGE_FACTORS)
+def fits_of(trials: int, starts: int) -> tuple[int, int]:
+    """How many fits `search_warp` makes at most: to trial samples, to all training samples."""
+    return trials + (starts - 1) * -(-trials // 2), starts - 1 + min(KEEP, trials) + len(RIDGE_FACTORS)
 
 
 def fitted(problem: Problem, nfe: int, settings: SearchConfig, log: Log) -> Candidate:
     """The closed form alone, with the trials and starts of the settings."""
     starts = STARTS[: settings.starts]
-    with log.progress(f"closed form, {nfe} calls", "fit", fits_of(settings.trials, len(starts))) as advance:
+    with log.progress(f"closed form, {nfe} calls", "fit", sum(fits_of(settings.trials, len(starts)))) as advance:
         return search_warp(Fits(problem, nfe, log, advance), settings.trials, settings.ridge, starts)
 
 

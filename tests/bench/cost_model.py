@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dssolver_search.methods.closed_form import KEEP, RIDGE_FACTORS, fits_of
 from dssolver_search.methods.gauss_newton import DAMPINGS
 from dssolver_search.settings import SearchConfig
-from dssolver_search.teacher.trajectories import CONVERGENCE_SAMPLES
+from dssolver_search.teacher.convergence import CONVERGENCE_SAMPLES
 
 README = Path(__file__).resolve().parents[2] / "search" / "README.md"
 BEGIN, END = "<!-- cost -->\n", "<!-- /cost -->"

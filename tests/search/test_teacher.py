@@ -233,7 +233,8 @@ def by_hand(student, tolerance, steps=25):
 
 
 @both
-def test_chosen_steps_are_those_of_a_loop_by_hand(family, tolerance=1e-5):
+def test_chosen_steps_are_those_of_a_loop_by_hand(family):
+    tolerance = 1e-5
     student = make_student(make_pipe(family))
     found = estimated(student, Teacher(0), tolerance)
     steps, mse = by_hand(make_student(make_pipe(family)), tolerance)
