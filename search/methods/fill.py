@@ -52,7 +52,8 @@ def _fitted(problem: Problem, nfe: int, settings: SearchConfig, searched: Mappin
         found = validated(problem, Fits(problem, nfe, log)(warp, searched[nearest]["ridge"]))
     if nfe > settings.fill_polish_nfe:
         return found
-    return polish(problem, found, parametrised(problem, found, settings.search_over), settings.polish)
+    numbers = parametrised(problem, found, settings.search_over, settings.parametrisation)
+    return polish(problem, found, numbers, settings.polish)
 
 
 def derived(problem: Problem, nfe: int, searched: Mapping[int, Entry]) -> Entry:
