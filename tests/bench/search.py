@@ -6,7 +6,7 @@ Whenever a run improves on itself its solver is tried on test samples that no se
 its network evaluations, the teacher is. Every finished run is kept under --output, so that a killed benchmark goes
 on. Prints tables, draws curves.png, writes bench_search.json. `--ablation` measures what each choice of the default
 brings, `--memory` the peak memory of a polish and of a gradient at several step counts, `--precision` what bfloat16
-costs; `--update` puts the tables into search/README.md and what they are made of beside the models.
+costs; `--update` puts the tables into their documents and what they are made of into search/results/.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import math
 import os
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -47,8 +46,7 @@ from dssolver_search.pipeline.replay import uncounted
 from dssolver_search.pipeline.sampler import Sampler
 from dssolver_search.settings import CompareConfig, SearchConfig
 from dssolver_search.teacher.trajectories import reference
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+from tests import documents
 from tests.runtime.test_contract import Allocations
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,7 +81,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "teacher: order 3, 50 steps": {"teacher_steps": 50},
     "gradient, 20 calls of L-BFGS": {"method": "gradient"},
     "the same, mixed objective": {"method": "gradient", "objective": "mixed"},
-    "gradient, 20 updates of Adam": {"method": "gradient", "optimizer": "adam", "learning_rate": 3e-3},
     "gradient without polish": {"method": "gradient", "polish": 0},
 }
 ABLATED = (("flow", 5), ("vp", 5))
@@ -432,7 +429,7 @@ def bench(
     if update:
         (RESULTS / "bench-search.json").write_text(json.dumps({"paper": PAPER, "rows": rows}, indent=1) + "\n")
         shutil.copyfile(folder / "curves.png", RESULTS / "bench-search.png")
-        put_into_readme("bench", table(rows))
+        documents.put("bench", table(rows))
 
 
 def ablation(folder: Path, seeds: Sequence[int], families: Sequence[str], update: bool, kept_only: bool) -> None:
@@ -460,7 +457,7 @@ def ablation(folder: Path, seeds: Sequence[int], families: Sequence[str], update
     print(ablation_table(measured))
     if update:
         (RESULTS / "ablation.json").write_text(json.dumps(measured, indent=1) + "\n")
-        put_into_readme("ablation", ablation_table(measured))
+        documents.put("ablation", ablation_table(measured))
 
 
 def ablation_table(measured: dict[str, dict[str, list[float]]]) -> str:
@@ -476,13 +473,6 @@ def ablation_table(measured: dict[str, dict[str, list[float]]]) -> str:
         shown = [cell(column, *cells.get(column, ())) for column in columns]
         lines.append(f"| {name} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
-
-
-def put_into_readme(name: str, text: str) -> None:
-    file = ROOT / "search" / "README.md"
-    before, rest = file.read_text(encoding="utf-8").split(f"<!-- {name} -->\n")
-    after = rest.split(f"<!-- /{name} -->")[1]
-    file.write_text(f"{before}<!-- {name} -->\n{text}\n<!-- /{name} -->{after}", encoding="utf-8")
 
 
 def memory(family: str = "flow", samples: int = 8) -> None:

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -36,15 +35,12 @@ from dssolver_search.pipeline.probe import ProbeScheduler
 from dssolver_search.settings import CompareConfig, SearchConfig
 from dssolver_search.storage import Damaged, read_record, write_record
 from dssolver_search.teacher.trajectories import reference
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 from tests.bench import cost_model
 from tests.study import models as study_models
 
 RATES = {"small": 2700, "medium": 1100, "large": 570}  # guided calls of one sample a second on one core, roughly
 REFERENCE, CLASSICAL, ADAMS = "reference", "classical", "adams-"
 SCHEDULES = {"Stable Diffusion": STABLE_DIFFUSION}  # the paper's example of betas that a solver is not for
-Guidance = float | tuple[float, ...]  # several: samples take them in turn
 
 
 @dataclass(frozen=True)
@@ -188,9 +184,7 @@ class Study:
         facts = {"samples": b.test_samples, "steps": b.reference_steps}
         return self._unit(REFERENCE, calls, model, guidance=guidance, schedule=schedule, **facts)
 
-    def search(
-        self, model: str, seed: int, nfe: Sequence[int], settings: Any, guidance: Guidance | None = None
-    ) -> Unit:
+    def search(self, model: str, seed: int, nfe: Sequence[int], settings: Any, guidance: float | None = None) -> Unit:
         """One search; `settings` over the command's own."""
         facts = {"seed": seed, "nfe": list(nfe), "settings": settings, "guidance": self._guidance(guidance)}
         return self._unit("search", cost_model.busiest(cost_model.search(self._config(model, **facts))), model, **facts)
@@ -220,18 +214,16 @@ class Study:
         """What the loader says of another noise schedule."""
         return self._unit("refusal", 0, model, search=search, schedule=schedule)
 
-    def _guidance(self, given: Any) -> Any:
-        return self.budget.guidance if given is None else list(given) if isinstance(given, tuple) else given
+    def _guidance(self, given: float | None) -> float:
+        return self.budget.guidance if given is None else given
 
     def _config(
         self, model: str, seed: int, nfe: Sequence[int], settings: Any, guidance: Any, folder: str = "none"
     ) -> SearchConfig:
-        several = isinstance(guidance, list)
-        given = {"guidance_scales" if several else "guidance_scale": guidance}
         source = str(study_models.folder(self.models, model))
         return SearchConfig(
-            pretrained_model_name_or_path=source, output_dir=folder, seed=seed, nfe=list(nfe), fill_nfe=[], **given,
-            **settings,
+            pretrained_model_name_or_path=source, output_dir=folder, seed=seed, nfe=list(nfe), fill_nfe=[],
+            guidance_scale=guidance, **settings,
         )  # fmt: skip
 
     # --- work --------------------------------------------------------------------------------------------------------
