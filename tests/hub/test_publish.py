@@ -15,6 +15,7 @@ from PIL import Image
 from diffusers_dssolver import DSSolverScheduler, SolverSpec
 from diffusers_dssolver.card import render
 from dssolver_search.artefacts import publish as publish_module
+from dssolver_search.artefacts.figures import card
 from dssolver_search.cli import main
 from dssolver_search.settings import PublishConfig, parse
 from tests.hub.local_hub import Dropped, HubError, LocalHub, Repo
@@ -109,7 +110,7 @@ def test_one_commit_holds_all(hub, artefact, capsys):
     assert figures["comparison"]["results"] == FLOW["results"]
     config = json.loads(sent["scheduler_config.json"])
     pictures = {"comparison.png", "error.png", "nodes.png"}
-    assert sent["README.md"].decode() == render(config, REPO, figures, name="closed_form", pictures=pictures)
+    assert sent["README.md"].decode() == card(config, REPO, figures, name="closed_form", pictures=pictures)
     assert f"{REPO} holds this solver and its card at commit {repo_of(hub).resolve('main')}" in capsys.readouterr().out
 
 
@@ -185,7 +186,7 @@ def test_figures_and_pictures_of_an_earlier_publication_do_not_stay(hub, artefac
     hub.log.clear()
     main(["publish", "--solver", str(artefact), "--repo_id", REPO])
     assert set(tree(hub)) == {"scheduler_config.json", "README.md", "nodes.png"} and len(writes(hub)) == 1
-    assert b"- Not measured by this project." in tree(hub)["README.md"]
+    assert b"Not measured by this project." in tree(hub)["README.md"]
 
 
 def test_a_damaged_record_makes_a_stranger(hub, artefact, tmp_path, capsys):
@@ -197,7 +198,7 @@ def test_a_damaged_record_makes_a_stranger(hub, artefact, tmp_path, capsys):
     assert "was not published from" in refused(capsys, artefact)
 
 
-def test_the_card_of_a_push_is_that_of_a_publication(hub, artefact):
+def test_a_push_sends_the_solver_with_a_card_that_knows_no_figures(hub, artefact):
     scheduler = DSSolverScheduler.from_pretrained(artefact)
     scheduler.push_to_hub(REPO)
     sent = tree(hub)
