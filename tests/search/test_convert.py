@@ -21,7 +21,8 @@ from torch import nn
 from diffusers_dssolver import DSSolverScheduler, FlowDCNTransformer2DModel, OfficialDiTTransformer2DModel
 from diffusers_dssolver.pipelines import SiTPipeline
 from diffusers_dssolver.published import published_config
-from dssolver_search.checkpoints import convert
+from dssolver_search.checkpoints import convert, sit_dit
+from dssolver_search.checkpoints.weights import check_keys, read, weights
 from dssolver_search.cli import main
 
 DATA = Path(__file__).parents[1] / "data"
@@ -187,7 +188,7 @@ def test_euler_with_a_converted_sit_is_euler_in_its_own_convention(made):
 
 def test_time_map_is_exact_between_its_points_too():
     sigma = torch.rand(4000, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    to_sit = convert.time_map()
+    to_sit = sit_dit.time_map()
     found = time_features(1000 * sigma, 256, downscale_freq_shift=1) @ to_sit[:-1] + to_sit[-1]
     assert (found - time_features(1 - sigma, 256)).abs().max() < 1e-7
     assert torch.linalg.matrix_norm(to_sit, 2) < 2  # so that rounding, of bfloat16 too, does not grow
@@ -205,7 +206,7 @@ def test_time_features_of_diffusers_are_those_of_float64_but_for_their_rounding(
 
 
 def test_only_the_velocity_changes_its_sign():
-    state = convert.in_diffusers_convention(convert.weights(STATE["sit"], "x"), 4, 8)
+    state = sit_dit.in_diffusers_convention(weights(STATE["sit"], "x"), 4, 8)
     for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
         found, wanted = (s[key].float().unflatten(0, (4, 8)) for s in (state, STATE["sit"]))
         assert torch.equal(found[:, :4], -wanted[:, :4]) and torch.equal(found[:, 4:], wanted[:, 4:])
@@ -256,7 +257,7 @@ def test_official_sizes(size, patch):
     state = official(width, depth, patch, latent)
     if patch == 2:  # Table 1 of DiT and of SiT
         assert sum(t.numel() for t in state.values()) / 1e6 == pytest.approx(millions, abs=0.8)
-    sizes = convert.architecture(state, "x")
+    sizes = sit_dit.architecture(state, "x")
     assert sizes == {
         "num_attention_heads": heads, "attention_head_dim": width // heads, "num_layers": depth, "in_channels": 4,
         "out_channels": 8, "patch_size": patch, "sample_size": latent, "num_embeds_ada_norm": 1000, "norm_eps": 1e-6,
@@ -264,7 +265,7 @@ def test_official_sizes(size, patch):
     with init_empty_weights():
         model = OfficialDiTTransformer2DModel(**sizes)
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    assert {name: tensor.shape for name, tensor in convert.diffusers_state(state).items()} == wanted
+    assert {name: tensor.shape for name, tensor in sit_dit.diffusers_state(state).items()} == wanted
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -299,7 +300,7 @@ def test_dit_on_the_command_line(vae, tmp_path, capsys):
     """1000 classes: diffusers' own pipeline, after no more than `import diffusers_dssolver`. Others: SiTPipeline."""
     generator = torch.Generator().manual_seed(4)
     thousand = torch.randn(1001, 48, generator=generator)
-    state = {**STATE["dit"], convert.CLASSES: thousand}
+    state = {**STATE["dit"], sit_dit.CLASSES: thousand}
     labels = tmp_path / "labels.json"
     labels.write_text(json.dumps({"999": "toilet tissue, bathroom tissue"}))
     folder = tmp_path / "dit"
@@ -362,11 +363,11 @@ def training():
 
 
 def test_the_average_of_a_training_run_is_taken(made, tmp_path):
-    model, _ = convert.sit(convert.read(checkpoint(tmp_path, state=training())), HEADS)
+    model, _ = convert.sit(read(checkpoint(tmp_path, state=training())), HEADS)
     wanted = made["sit"][0].state_dict()
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in model.state_dict().items())
     only = {key: value for key, value in training().items() if key != "ema"}
-    other, _ = convert.sit(convert.read(checkpoint(tmp_path, state=only)), HEADS)
+    other, _ = convert.sit(read(checkpoint(tmp_path, state=only)), HEADS)
     assert not torch.equal(other.proj_out_1.bias, model.proj_out_1.bias)
 
 
@@ -493,5 +494,5 @@ def test_wrong_keys_are_listed_not_dumped():
         "40 unexpected ('new0', 'new1', 'new10', 'new11', 'new12', ...)"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(told)}$"):
-        convert.check_keys({f"new{i}" for i in range(40)}, {"a", "b"}, "the checkpoint")
-    convert.check_keys(["a"], {"a"}, "x")
+        check_keys({f"new{i}" for i in range(40)}, {"a", "b"}, "the checkpoint")
+    check_keys(["a"], {"a"}, "x")
