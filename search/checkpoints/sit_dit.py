@@ -106,8 +106,8 @@ def architecture(state: State, what: str, num_heads: int | None = None) -> dict[
 
 
 def diffusers_state(state: State) -> dict[str, Tensor]:
-    """Official weights by their names in `DiTTransformer2DModel`. There every block has time and class embeddings of its
-    own, here copies of the one pair that the official blocks share."""
+    """Official weights by their names in `DiTTransformer2DModel`, each block with time and class embeddings of its own:
+    copies of the one pair that the official blocks share."""
     renamed = {}
     for key, tensor in state.items():
         name, _, kind = key.rpartition(".")

@@ -8,8 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from huggingface_hub import HfApi, constants
-from huggingface_hub.utils import close_session
+from huggingface_hub import HfApi, ModelCard, constants, snapshot_download
 from PIL import Image
 
 from diffusers_dssolver import DSSolverScheduler, SolverSpec
@@ -18,30 +17,19 @@ from dssolver_search.artefacts import publish as publish_module
 from dssolver_search.artefacts.figures import card
 from dssolver_search.cli import main
 from dssolver_search.settings import PublishConfig, parse
-from tests.hub.local_hub import Dropped, HubError, LocalHub, Repo
-from tests.hub.test_hub import fresh
+from tests.hub.conftest import TOKEN
+from tests.hub.local_hub import Dropped, HubError, Repo
 
 FLOW = json.loads((Path(__file__).parents[2] / "search" / "results" / "comparison-flow.json").read_text())
-TOKEN = "hf_never_to_be_seen"
 REPO = "user/solver"
 CALL = {"guidance_scale": 1.5}
 FILES = {"scheduler_config.json", "README.md", "eval.json", "comparison.png", "error.png", "nodes.png"}
 pytestmark = pytest.mark.filterwarnings("ignore:.*torchvision.*")
 
 
-@pytest.fixture
-def hub(monkeypatch):
-    """A server, and this process's client pointed at it."""
-    with LocalHub(token=TOKEN) as hub:
-        settings = {"ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
-        for name, value in settings.items():
-            monkeypatch.setattr(constants, name, value)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        monkeypatch.setattr(publish_module, "PAUSE", 0.01)
-        close_session()
-        yield hub
-        close_session()
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(publish_module, "PAUSE", 0.01)
 
 
 def make_artefact(folder, middle=0.5, name="closed_form"):
@@ -440,51 +428,27 @@ def test_two_publishers_at_once(hub, artefact, tmp_path):
     assert tree(hub)["scheduler_config.json"] == (winner / "scheduler_config.json").read_bytes()
 
 
-# --- what a user does with it, in fresh processes and caches ----------------------------------------------------------
-
-LOAD = """
-import json, sys
-from pathlib import Path
-from huggingface_hub import HfApi, ModelCard, snapshot_download
-from diffusers_dssolver import DSSolverScheduler
-
-for revision in (None, "v1", HfApi().list_repo_refs("user/solver").branches[0].target_commit):
-    assert DSSolverScheduler.from_pretrained("user/solver", revision=revision).tables == (2, 3)
-card = ModelCard.load("user/solver")
-results = {r.metric_args["nfe"]: r.metric_value for r in card.data.eval_results}
-assert card.data.library_name == "diffusers" and sorted(results) == [5, 6, 8, 10], results
-print(sorted(file.name for file in Path(snapshot_download("user/solver", revision="v1")).iterdir()))
-code = card.text.split("```python\\n")[1].split("```")[0]
-exec(code)
-print(pipe.scheduler.tables, len(output.images))
-"""
-
-LOAD_AGAIN = 'DSSolverScheduler.from_pretrained("user/solver")\nprint("from the cache")\n'
-
-DOWNLOAD = """
-import subprocess, sys, sysconfig
-from pathlib import Path
-
-hf = Path(sysconfig.get_path("scripts")) / "hf"
-command = [hf, "download", "user/solver", "--revision", "v1", "--local-dir", "copy"]
-done = subprocess.run(command, capture_output=True, text=True)
-assert done.returncode == 0, done.stderr
-print(sorted(file.name for file in Path("copy").iterdir() if file.is_file()))
-"""
+# --- what a user does with it ----------------------------------------------------------------------------------------
 
 
-def test_what_was_published_is_used(hub, artefact, models, tmp_path):
+def test_what_was_published_is_used(hub, artefact, models, tmp_path, monkeypatch):
     publish(artefact, "--tag", "v1")
-    user = tmp_path / "user"
-    user.mkdir()
-    (user / "flow").symlink_to(models["flow"])
-    files, ran = fresh(LOAD, hub, user).splitlines()
-    assert files == str(sorted(FILES)) and ran == "(2, 3) 1"
+    published = DSSolverScheduler.from_pretrained(artefact).solvers
+    for revision in (None, "v1", HfApi().list_repo_refs(REPO).branches[0].target_commit):
+        assert DSSolverScheduler.from_pretrained(REPO, revision=revision).solvers == published
+    card = ModelCard.load(REPO)
+    results = {r.metric_args["nfe"]: r.metric_value for r in card.data.eval_results}
+    assert results == {r["nfe"]: r["mse"] for r in FLOW["results"] if r["scheduler"] == "closed_form"}
+    assert card.data.library_name == "diffusers" and HfApi().model_info(REPO).card_data.license == "apache-2.0"
+    copy = Path(snapshot_download(REPO, revision="v1", local_dir=tmp_path / "copy"))
+    assert {file.name for file in copy.iterdir() if file.is_file()} == FILES
+    assert DSSolverScheduler.from_pretrained(copy).solvers == published
+    (tmp_path / "flow").symlink_to(models["flow"])
+    monkeypatch.chdir(tmp_path)
+    scope: dict = {}
+    exec(card.text.split("```python\n")[1].split("```")[0], scope)
+    assert scope["pipe"].scheduler.tables == (2, 3) and len(scope["output"].images) == 1
     hub.log.clear()
-    offline = "import os\nos.environ['HF_HUB_OFFLINE'] = '1'\nfrom diffusers_dssolver import DSSolverScheduler\n"
-    assert fresh(offline + LOAD_AGAIN, hub, user) == "from the cache\n"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert DSSolverScheduler.from_pretrained(REPO).solvers == published  # from the cache
     assert hub.log == []
-    assert fresh(DOWNLOAD, hub, user).strip() == str(sorted(FILES))
-    loaded = DSSolverScheduler.from_pretrained(user / "copy")
-    assert loaded._solvers == DSSolverScheduler.from_pretrained(artefact)._solvers
-    assert HfApi().model_info(REPO).card_data.license == "apache-2.0"
