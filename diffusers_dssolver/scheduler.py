@@ -32,7 +32,7 @@ from .config import (
 )  # fmt: skip
 from .derive import Shift, at_guidance, classical, dynamic_shift, from_neighbours, reshifted, uniform_nodes, warp
 from .grids import TOLERANCE, is_default
-from .paths import FlowPath, VPPath
+from .paths import FlowPath, Path, VPPath
 from .published import published_config, published_solvers
 from .solver import MAX_NFE, SolverSpec, fold
 from .step import Scalar, decayed_mean, split_mean, step, weighted_sum
@@ -399,6 +399,16 @@ class DSSolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Where in the schedule the next run starts (image-to-image)."""
         self._begin_index = begin_index
+
+    @property
+    def path(self) -> Path:
+        """Noise schedule of the model."""
+        return self._path
+
+    @property
+    def solvers(self) -> dict[int, SolverSpec]:
+        """Checked tables by step count."""
+        return dict(self._solvers)
 
     @property
     def tables(self) -> tuple[int, ...]:

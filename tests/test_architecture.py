@@ -23,7 +23,6 @@ ALLOWED = {
     "step": {"torch"},
     "paths": {"torch"},
     "grids": set(),
-    "figures": set(),
     "config": {f"{RUNTIME}.derive", f"{RUNTIME}.paths", f"{RUNTIME}.solver"},
     "derive": {"torch", f"{RUNTIME}.paths", f"{RUNTIME}.solver"},
     "card": {
@@ -31,9 +30,7 @@ ALLOWED = {
         "huggingface_hub",
         PIPELINES,
         f"{RUNTIME}.config",
-        f"{RUNTIME}.figures",
         f"{RUNTIME}.published",
-        f"{RUNTIME}.scheduler",
     },
 }
 
@@ -118,7 +115,7 @@ def test_runtime_package_knows_no_search(path):
 @pytest.mark.parametrize("name", ["evaluate", "metrics", "extractors", "references"])
 def test_evaluation_imports_no_solver(name):
     """Metrics know images only, so they cannot favour one sampler."""
-    found = imports_of(ROOT / "search" / f"{name}.py") - {f"{RUNTIME}.figures"}  # names of metrics
+    found = imports_of(ROOT / "search" / f"{name}.py")
     assert not {name for name in found if inside(name, {RUNTIME}) or "schedulers" in name}
 
 

@@ -19,7 +19,7 @@ from diffusers_dssolver.paths import FlowPath
 from ..console import say
 from ..settings import ExportConfig
 from ..storage import write_text
-from .read import load_artefact
+from .read import load_solver
 
 TEMPLATE = "sample_dssolver.py"
 FILLED = "# FILLED by"
@@ -31,7 +31,7 @@ def export(config: ExportConfig) -> None:
     Raises:
         ValueError: the solver, the step count or the file is at fault; nothing is written.
     """
-    scheduler = load(config.solver, config.guidance_scale)
+    scheduler = load_solver(config.solver, guidance_scale=config.guidance_scale)
     if config.format == "sigmas":
         nfe = config.nfe[0] if len(config.nfe) == 1 else None
         if nfe is None:
@@ -49,23 +49,18 @@ def export(config: ExportConfig) -> None:
     print(f"written to {file}: sample_dssolver, sigmas_for")
 
 
-def load(solver: str, guidance_scale: float | None = None) -> DSSolverScheduler:
-    """A folder, Hub id or published name."""
-    return DSSolverScheduler.from_config({**load_artefact(solver), "guidance_scale": guidance_scale})
-
-
 def specs(scheduler: DSSolverScheduler, nfe: list[int]) -> dict[int, SolverSpec]:
     """The tables of these step counts; none: all there are."""
     if missing := sorted(set(nfe) - set(scheduler.tables)):
         raise ValueError(
             f"no table for {missing[0]} steps; there are tables for {', '.join(map(str, scheduler.tables))}"
         )
-    return {n: scheduler._solvers[n] for n in sorted(nfe or scheduler.tables)}
+    return {n: scheduler.solvers[n] for n in sorted(nfe or scheduler.tables)}
 
 
 def levels(scheduler: DSSolverScheduler, spec: SolverSpec) -> tuple[list[float], list[float]]:
     """N+1 noise levels of a table, and the N that the network is fed: sigma of flow, sigma / alpha of all others."""
-    path = scheduler._path
+    path = scheduler.path
 
     def of(nodes: torch.Tensor) -> list[float]:
         alpha, sigma = path.alpha_sigma(nodes)
@@ -86,7 +81,7 @@ def source(scheduler: DSSolverScheduler, nfe: list[int]) -> str:
         )
     prediction = scheduler.config.prediction_type
     solver: dict[str, Any] = {
-        "prediction": "flow" if isinstance(scheduler._path, FlowPath) else prediction,
+        "prediction": "flow" if isinstance(scheduler.path, FlowPath) else prediction,
         "tables": {},
     }
     for n, spec in specs(scheduler, nfe).items():

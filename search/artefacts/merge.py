@@ -14,6 +14,7 @@ from diffusers_dssolver.published import CONFIG_NAME
 from ..console import say
 from ..settings import MergeConfig
 from ..storage import write_text
+from .read import load_solver
 
 SAME = ("model", "revision", "pipeline")  # facts of a provenance that the solvers must share
 
@@ -28,7 +29,7 @@ def merge(config: MergeConfig) -> None:
     folder = Path(config.output_dir)
     if (folder / CONFIG_NAME).exists():
         raise ValueError(f"{folder} holds a solver; choose another --output_dir")
-    artefacts = {source: dict(DSSolverScheduler.from_pretrained(source).config) for source in config.solver}
+    artefacts = {source: dict(load_solver(source).config) for source in config.solver}
     by_scale: dict[float, dict[str, Any]] = {}
     first, reference = next(iter(artefacts.items()))
     for source, artefact in artefacts.items():
@@ -58,7 +59,6 @@ def merge(config: MergeConfig) -> None:
     merged = {
         **by_scale[default], "solvers": tables[default], "provenance": provenance,
         "guidance_solvers": {str(w): solvers for w, solvers in tables.items()},
-        "interpolate_corrections": all(a["interpolate_corrections"] for a in by_scale.values()),
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / CONFIG_NAME, DSSolverScheduler.from_config(merged).to_json_string())

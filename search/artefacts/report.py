@@ -17,15 +17,16 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image, UnidentifiedImageError
 
-from diffusers_dssolver import card
-from diffusers_dssolver.figures import METRICS, metric_name, told_end
+from diffusers_dssolver import DSSolverScheduler
+from diffusers_dssolver.card import schedule, without_paths
 
 from ..console import one_line
 from ..measure.pictures import Drawing, positive, rendered
 from ..settings import ReportConfig
 from ..storage import write_text
+from .figures import columns, commands, steps
 from .plots import drawings
-from .read import load_artefact, read_results
+from .read import load_solver, read_results
 
 TEMPLATE, REPORT = "report.html.jinja", "report.html"
 # tables of the comparison, of which those with any figures are shown
@@ -54,9 +55,9 @@ def page(config: ReportConfig) -> str:
     """The whole file."""
     pictures = drawings(config.solver, config.comparison, config.nfe)
     comparison = read_results(config.comparison, "comparison")
-    comparison["settings"] = card.without_paths(comparison["settings"])
-    evaluation = card.without_paths(read_results(config.evaluation, "evaluation")) if config.evaluation else {}
-    artefact = load_artefact(config.solver)
+    comparison["settings"] = without_paths(comparison["settings"])
+    evaluation = without_paths(read_results(config.evaluation, "evaluation")) if config.evaluation else {}
+    scheduler = load_solver(config.solver)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True,
@@ -69,7 +70,7 @@ def page(config: ReportConfig) -> str:
         tables=list(_tables(comparison)),
         plots={name: [_svg(draw, dark) for dark in (False, True)] for name, draw in pictures.items()},
         evaluation=evaluation and _evaluation(evaluation, comparison),
-        **_provenance(config.solver, artefact, comparison, evaluation),
+        **_provenance(config.solver, scheduler, comparison, evaluation),
         **_pictures(Path(config.comparison), comparison),
     )
 
@@ -77,12 +78,11 @@ def page(config: ReportConfig) -> str:
 def _measured(comparison: Mapping[str, Any]) -> str:
     settings, reference = comparison["settings"], comparison["reference"]
     samples, model = _text(settings.get("num_samples")), _text(settings.get("pretrained_model_name_or_path"))
-    steps = _text(reference.get("steps")) + " steps" + told_end(reference.get("end"))
     error = _text(reference.get("mse_against_half_the_steps"), 2)
     return (
-        f"On {samples} test samples of {model} that no search has seen, against a reference of {steps}; the mse "
-        f"between it and one of half as many is {error}. In small print the node spacing, the network calls where they "
-        "are not as many as asked for, and 95 % intervals. The lowest of each column is underlined."
+        f"On {samples} test samples of {model} that no search has seen, against a reference of {steps(comparison)}; "
+        f"the mse between it and one of half as many is {error}. In small print the node spacing, the network calls "
+        "where they are not as many as asked for, and 95 % intervals. The lowest of each column is underlined."
     )
 
 
@@ -149,15 +149,13 @@ def _ratio_cell(result: Mapping[str, Any] | None, best: float) -> dict[str, Any]
 def _evaluation(evaluation: Mapping[str, Any], comparison: Mapping[str, Any]) -> dict[str, Any]:
     """Metrics by scheduler and NFE, each named with the network that it was measured in."""
     results = evaluation["results"]
-    metrics = [m for m in METRICS if any(m in r["metrics"] for r in results)]
-    networks = {"clip_score": _text(evaluation.get("clip"))}
-    titles = [metric_name(m, networks.get(m, evaluation["extractor"])) for m in metrics]
+    titles = columns(evaluation)
     data = evaluation["data"]
     searched = {r["scheduler"] for r in comparison["results"] if r["searched"]}
     return {
         "measured": f"Features of {evaluation['extractor']}, against {_text(data.get('n'))} images of "
         f"{_text(data.get('name'))}; n: images generated. In small print 95 % intervals.",
-        "head": ["scheduler", "calls", "n", *titles, "seconds per image"],
+        "head": ["scheduler", "calls", "n", *titles.values(), "seconds per image"],
         "rows": [
             {
                 "name": r["scheduler"],
@@ -165,7 +163,7 @@ def _evaluation(evaluation: Mapping[str, Any], comparison: Mapping[str, Any]) ->
                 "spacing": r.get("spacing") or "",
                 "cells": [
                     *({"text": str(r[key]), "notes": []} for key in ("nfe", "n")),
-                    *(_metric_cell(r["metrics"].get(m)) for m in metrics),
+                    *(_metric_cell(r["metrics"].get(m)) for m in titles),
                     {"text": _text(r["seconds_per_image"], 3), "notes": []},
                 ],
             }
@@ -188,18 +186,18 @@ def _interval(ends: Any, digits: int) -> list[str]:
 
 
 def _provenance(
-    solver: str, artefact: Mapping[str, Any], comparison: Mapping[str, Any], evaluation: Mapping[str, Any]
+    solver: str, scheduler: DSSolverScheduler, comparison: Mapping[str, Any], evaluation: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What the artefact says of itself: the most important, every field (`facts`: dotted name and value; `records`:
     name, columns and rows of what holds records of one kind), and the commands that make all this again."""
     try:
-        provenance = card.without_paths(artefact["provenance"] or {})
+        provenance = without_paths(scheduler.config.provenance or {})
         leaves = list(_leaves(provenance))
         return {
-            "summary": list(_summary(artefact, provenance, comparison)),
+            "summary": list(_summary(scheduler, provenance, comparison)),
             "facts": [(key, _text(value)) for key, value in leaves if not _are_records(value)],
             "records": [(key, *_table(value)) for key, value in leaves if _are_records(value)],
-            "commands": card.commands(provenance, comparison, evaluation),
+            "commands": commands(provenance, comparison, evaluation),
         }
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
         reason = f"the provenance of {solver!r} is not what search writes ({one_line(error)})"
@@ -207,13 +205,13 @@ def _provenance(
 
 
 def _summary(
-    artefact: Mapping[str, Any], provenance: Mapping[str, Any], comparison: Mapping[str, Any]
+    scheduler: DSSolverScheduler, provenance: Mapping[str, Any], comparison: Mapping[str, Any]
 ) -> Iterator[tuple[str, str]]:
     for key in ("model", "pipeline", "method", "call", "source"):
         if provenance.get(key):
             yield key, _text(provenance[key])
-    yield "noise schedule", card.schedule(artefact)
-    yield "tables for", ", ".join(sorted(artefact["solvers"], key=int)) + " network calls"
+    yield "noise schedule", schedule(scheduler.config)
+    yield "tables for", ", ".join(map(str, scheduler.tables)) + " network calls"
     yield "measured with", _text(comparison["versions"])
 
 
@@ -257,8 +255,7 @@ def _text(value: Any, digits: int = 6) -> str:
 
 def _pictures(folder: Path, comparison: Mapping[str, Any]) -> dict[str, Any]:
     """Strips of samples by NFE and scheduler, or else the comparison's one picture, or else none."""
-    steps = _text(comparison["reference"].get("steps")) + " steps" + told_end(comparison["reference"].get("end"))
-    found: dict[str, Any] = {"panels": [], "reference": None, "whole": None, "reference_note": steps}
+    found: dict[str, Any] = {"panels": [], "reference": None, "whole": None, "reference_note": steps(comparison)}
     for nfe in _counts(comparison):
         rows = [
             {

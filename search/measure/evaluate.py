@@ -21,8 +21,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from diffusers_dssolver.figures import metric_name
-
+from ..console import metric_name
 from ..images.features import Clip, load_extractor
 from ..images.metrics import (
     FrechetDistance,

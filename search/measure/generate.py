@@ -19,9 +19,7 @@ import diffusers
 import torch
 from torch import Tensor
 
-from diffusers_dssolver.figures import told_end
-
-from ..console import one_line, say
+from ..console import one_line, say, told_end
 from ..settings import CompareConfig, EvaluateConfig, ModelConfig
 from ..storage import Kept, kept
 from ..teacher.trajectories import model_itself

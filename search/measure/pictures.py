@@ -124,7 +124,7 @@ def positive(value: Any) -> bool:
     return isinstance(value, float | int) and not isinstance(value, bool) and 0 < value < math.inf
 
 
-def _shades(count: int, dark: bool) -> np.ndarray:
+def shades(count: int, dark: bool) -> np.ndarray:
     """Colours (count, 4) from few calls to many, without those that the background swallows."""
     return matplotlib.colormaps["viridis"](np.linspace(*((0.3, 1.0) if dark else (0.0, 0.8)), count))
 

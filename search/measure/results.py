@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from diffusers_dssolver.figures import told_end
-
+from ..console import told_end
 from ..settings import CompareConfig
 
 RESAMPLES = 1000  # of the bootstrap

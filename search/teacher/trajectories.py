@@ -24,10 +24,9 @@ from tqdm.auto import tqdm
 
 from diffusers_dssolver import DSSolverScheduler
 from diffusers_dssolver.derive import first_order_end
-from diffusers_dssolver.figures import told_end
 from diffusers_dssolver.solver import MAX_NFE, SolverSpec
 
-from ..console import say
+from ..console import say, told_end
 from ..pipeline.probe import ProbeScheduler, run
 from ..pipeline.sampler import Sampler
 from ..pipeline.stock import record, takes, teacher_scheduler

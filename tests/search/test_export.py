@@ -11,7 +11,8 @@ import torch
 
 from diffusers_dssolver import DSSolverScheduler
 from diffusers_dssolver.published import published_config
-from dssolver_search.artefacts.export import levels, load, source
+from dssolver_search.artefacts.export import levels, source
+from dssolver_search.artefacts.read import load_solver
 from dssolver_search.cli import main
 
 VP = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -43,14 +44,14 @@ def by_scheduler(scheduler, noise, steps, first=0):
     scheduler.set_begin_index(first)
     x = noise
     for t in scheduler.timesteps[first:]:
-        node = scheduler._path.node(t.double()).float()
+        node = scheduler.path.node(t.double()).float()
         x = scheduler.step(network(x, node), t, x, return_dict=False)[0]
     return x
 
 
 def wrapper(kind, scheduler, seen):
     """The same network as k-diffusion has it: x and sigma in, denoised data out."""
-    path = scheduler._path
+    path = scheduler.path
     nodes = torch.linspace(1e-4, 1, 200_001, dtype=torch.float64)
     alpha, sigma = path.alpha_sigma(nodes)
     known = sigma if kind == "flow" else sigma / alpha
@@ -83,7 +84,7 @@ def exported(scheduler, nfe=()):
 @pytest.mark.parametrize("steps", [3, 1])
 def test_the_file_samples_what_the_scheduler_samples(kind, steps, tmp_path):
     scheduler, seen, told = artefact(kind, tmp_path), [], []
-    scope = exported(load(str(tmp_path)))
+    scope = exported(load_solver(str(tmp_path)))
     sigmas = scope["sigmas_for"](steps)
     start = torch.randn(2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     # of vp the file's state is data + sigma noise: the scheduler's over alpha
@@ -110,7 +111,7 @@ def test_a_late_start_is_folded_as_the_scheduler_folds_it(kind, tmp_path):
 
 @pytest.mark.parametrize("name", ["flowdcn-b-2-256", "dit-xl-2-256"])
 def test_published_solvers_keep_their_tables(name):
-    scheduler = load(name)
+    scheduler = load_solver(name)
     scope = exported(scheduler)
     tables = scope["SOLVER"]["tables"]
     assert {str(n): t["coefficients"] for n, t in tables.items()} == {
@@ -157,8 +158,8 @@ def test_guidance_chooses_the_tables(tmp_path):
     one = {"1": {"nodes": [0.9, 0.0], "coefficients": [[1.0]]}}
     DSSolverScheduler(**KINDS["flow"], solvers=one, guidance_solvers={"1": one, "3": other}).save_pretrained(tmp_path)
     for guidance, node in ((None, 0.9), (3.0, 0.5), (2.0, 0.7)):
-        scheduler = load(str(tmp_path), guidance)
-        assert levels(scheduler, scheduler._solvers[1])[0] == pytest.approx([node, 0.0])
+        scheduler = load_solver(str(tmp_path), guidance_scale=guidance)
+        assert levels(scheduler, scheduler.solvers[1])[0] == pytest.approx([node, 0.0])
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from cleanfid import fid
 
-from diffusers_dssolver.figures import metric_name
+from dssolver_search.console import metric_name
 from dssolver_search.images import metrics
 from dssolver_search.images.metrics import (
     FrechetDistance,
