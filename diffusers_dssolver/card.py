@@ -12,7 +12,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -75,7 +75,7 @@ def render(
         searched=_searched(facts),
         schedule=schedule(config),
         sections=list(sections),
-        provenance=table([["field", "value"], *([code(k, plain=True), code(v)] for k, v in _leaves(facts))]),
+        provenance=table([["field", "value"], *([code(k, plain=True), code(v)] for k, v in leaves(facts))]),
     )
     return str(card)
 
@@ -152,11 +152,13 @@ def listed(counts: Sequence[int]) -> str:
     return f"{', '.join(most)} and {last}" if most else last
 
 
-def _leaves(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every field of nested data, by its dotted name."""
+def leaves(
+    value: Mapping[str, Any], whole: Callable[[Any], bool] = lambda inner: False, prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """Every field of nested data by its dotted name; mappings that are `whole` are not opened."""
     for key, inner in value.items():
-        if isinstance(inner, Mapping) and inner:
-            yield from _leaves(inner, f"{prefix}{key}.")
+        if isinstance(inner, Mapping) and inner and not whole(inner):
+            yield from leaves(inner, whole, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", inner
 

@@ -1,7 +1,7 @@
 """The `export` command: a solver for programs other than diffusers.
 
-`sigmas` prints the noise levels of one step count, for what takes a list of them (ComfyUI's sampler nodes, the `sigmas`
-argument of diffusers' flow pipelines): nodes only. `kdiffusion` writes the whole solver as one Python file
+`sigmas` prints the noise levels of one step count, for programs that take a list of them (ComfyUI's sampler nodes, the
+`sigmas` argument of diffusers' flow pipelines). `kdiffusion` writes the whole solver as a Python file
 (`sample_dssolver`).
 """
 
@@ -26,7 +26,7 @@ FILLED = "# FILLED by"
 
 
 def export(config: ExportConfig) -> None:
-    """Print or write it.
+    """Print noise levels, or write a file.
 
     Raises:
         ValueError: the solver, the step count or the file is at fault; nothing is written.
@@ -50,7 +50,7 @@ def export(config: ExportConfig) -> None:
 
 
 def specs(scheduler: DSSolverScheduler, nfe: list[int]) -> dict[int, SolverSpec]:
-    """The tables of these step counts; none: all there are."""
+    """The tables of these step counts, or of all if none is given."""
     if missing := sorted(set(nfe) - set(scheduler.tables)):
         raise ValueError(
             f"no table for {missing[0]} steps; there are tables for {', '.join(map(str, scheduler.tables))}"
@@ -59,7 +59,7 @@ def specs(scheduler: DSSolverScheduler, nfe: list[int]) -> dict[int, SolverSpec]
 
 
 def levels(scheduler: DSSolverScheduler, spec: SolverSpec) -> tuple[list[float], list[float]]:
-    """N+1 noise levels of a table, and the N that the network is fed: sigma of flow, sigma / alpha of all others."""
+    """Noise levels: the N+1 of a table, and the N that the network is fed; sigma of flow, sigma / alpha of others."""
     path = scheduler.path
 
     def of(nodes: torch.Tensor) -> list[float]:
@@ -74,7 +74,7 @@ def levels(scheduler: DSSolverScheduler, spec: SolverSpec) -> tuple[list[float],
 
 
 def source(scheduler: DSSolverScheduler, nfe: list[int]) -> str:
-    """The Python file with these tables in it."""
+    """The Python file with the tables of these step counts."""
     if scheduler.config.mean_decay is not None:
         raise ValueError(
             f"mean_decay is {scheduler.config.mean_decay}, which this file cannot do; take it out of the solver's file"

@@ -229,7 +229,7 @@ def test_merge(tmp_path, capsys):
     said = capsys.readouterr()
     assert "guidance scales 2.0, 4.0 (4.0 by default), 1 step counts" in said.out and "left out" in said.err
     merged = DSSolverScheduler.from_pretrained(tmp_path / "all")
-    assert table(merged) == HIGH and not merged.config.interpolate_corrections
+    assert table(merged) == HIGH
     assert merged.config.provenance["call"] == {"guidance_scale": [2.0, 4.0], "height": 8}
     assert merged.config.provenance["by_guidance_scale"]["2.0"]["seed"] == 3
     chosen = DSSolverScheduler.from_pretrained(tmp_path / "all", guidance_scale=2.0)
