@@ -20,7 +20,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from diffusers_dssolver import SolverSpec
 from diffusers_dssolver.config import is_flow
 
-from ..measure.pictures import MARKERS, WIDTH, Drawing, _shades, error_figure, positive, rendered
+from ..measure.pictures import MARKERS, WIDTH, Drawing, error_figure, positive, rendered, shades
 from ..settings import PlotConfig
 from ..storage import replacing
 from .read import load_artefact, read_metrics, read_results
@@ -92,7 +92,7 @@ def nodes_figure(specs: Sequence[SolverSpec], flow: bool, dark: bool = False) ->
     """
     figure = Figure(figsize=(WIDTH, max(3.6, 1 + 0.19 * len(specs))), layout="constrained")
     rows, curves = figure.subplots(1, 2)
-    for position, (spec, colour) in enumerate(zip(specs, _shades(len(specs), dark), strict=True)):
+    for position, (spec, colour) in enumerate(zip(specs, shades(len(specs), dark), strict=True)):
         rows.plot(spec.nodes, [position] * (spec.nfe + 1), color=colour, marker="o", markersize=4, linewidth=0.8)
         curves.plot(np.linspace(0, 1, spec.nfe + 1), spec.nodes, color=colour, marker="o", markersize=3, linewidth=1.1)
     rows.set_yticks(range(len(specs)), [str(spec.nfe) for spec in specs])
@@ -161,7 +161,7 @@ def search_figure(records: Sequence[Mapping[str, Any]], dark: bool = False) -> F
         if positive(record.get("classical_mse")):
             classical[nfe] = record["classical_mse"]
     searched = sorted(nfe for nfe, points in tried.items() if len(points) > 1)
-    for nfe, colour, marker in zip(searched, _shades(len(searched), dark), itertools.cycle(MARKERS), strict=False):
+    for nfe, colour, marker in zip(searched, shades(len(searched), dark), itertools.cycle(MARKERS), strict=False):
         x, y = np.transpose(tried[nfe])
         training.plot(x, y, marker, color=colour, markersize=3, alpha=0.5)
         training.plot(x, np.minimum.accumulate(y), color=colour, linewidth=1.6)

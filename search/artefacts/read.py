@@ -9,7 +9,8 @@ from typing import Any
 from diffusers_dssolver import DSSolverScheduler
 
 from ..console import one_line, say
-from ..measure.pictures import NUMBER
+
+NUMBER = float | int
 
 
 def load_artefact(solver: str) -> dict[str, Any]:
