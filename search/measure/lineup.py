@@ -137,12 +137,13 @@ class Lineup:
 
     def _evaluations_per_call(self, indices: Sequence[int]) -> float:
         """Network evaluations of one sample in one network call: two where guidance doubles the batch or calls twice.
-        Measured once, in a run of two steps."""
+        Measured once, in a run of two steps that does not count."""
         if self._single_call is None:
-            before = self.sampler.network_evaluations
+            before, calls = self.sampler.network_evaluations, self.sampler.network_calls
             with self.sampler.using(model_itself(self.model_config)):
                 self.sampler(indices, self.split, 2)
             self._single_call = (self.sampler.network_evaluations - before) / len(indices) / 2
+            self.sampler.network_evaluations, self.sampler.network_calls = before, calls
         return self._single_call
 
     # --- files -------------------------------------------------------------------------------------------------------

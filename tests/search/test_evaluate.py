@@ -211,6 +211,14 @@ def test_schedulers_run_in_the_best_spacing_of_a_comparison(folders, tmp_path, c
     assert "heun at 3 calls: uniform, the first of its spacings\n" in said
 
 
+def test_evaluation_speaks_of_no_setting_that_it_has_not(folders, tmp_path, capsys):
+    """`compare` tells where its converged runs end otherwise than the search's teacher; here there are none."""
+    solver = DSSolverScheduler.from_pretrained(folders / "ours-flow", provenance={"teacher": {"end": 0.1}})
+    solver.save_pretrained(tmp_path / "early")
+    generation_of(folders, tmp_path, solver=[str(tmp_path / "early")])
+    assert "end" not in capsys.readouterr().err.replace("Loading pipeline components", "")
+
+
 # --- shards -----------------------------------------------------------------------------------------------------------
 
 
