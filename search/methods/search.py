@@ -35,7 +35,7 @@ from ..pipeline.replay import uncounted
 from ..pipeline.sampler import Sampler
 from ..processes import from_main, reduced
 from ..settings import PERCEPTUAL, STARTS, SearchConfig
-from ..storage import Damaged, Journal, drop_torn_line, read_record, remove_partial_files, write_record, write_text
+from ..storage import Damaged, drop_torn_line, read_record, remove_partial_files, write_record, write_text
 from ..teacher.trajectories import Convergence, Reference, Teacher, convergence, reference
 from .closed_form import IDENTITY, Candidate, ClosedForm, Samples, comparable, fits_of, warped_nodes
 from .gauss_newton import Polish, around, polish
@@ -45,6 +45,7 @@ from .paper import fit
 from .parameters import PaperParameters
 from .perceptual import MOST_CALLS, Perceptual, PerceptualDescent
 from .preflight import preflight
+from .record import Journal
 
 SOLVER_KEYS = ("nodes", "timesteps", "coefficients")
 # of a solver that the pipeline already had

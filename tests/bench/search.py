@@ -100,11 +100,10 @@ class Test:
         if self.file.exists():
             stored = torch.load(self.file, weights_only=True)
         else:
-            final, _, uncertainty = self.comparison.reference()
-            stored = {"final": final, "uncertainty": uncertainty, "single_call": self.comparison.single_call}
+            final, _, uncertainty = self.comparison.converged()
+            stored = {"final": final, "uncertainty": uncertainty}
             torch.save(stored, self.file)
         self.wanted, self.uncertainty = stored["final"], stored["uncertainty"]
-        self.comparison.single_call = stored["single_call"]
 
     def error(self, scheduler: Any, steps: int) -> float:
         mse = (self.comparison.sample(scheduler, steps).final - self.wanted).square().mean().item()
@@ -112,12 +111,12 @@ class Test:
 
     def of(self, spec: SolverSpec) -> float:
         """Final-state mse of one solver."""
-        config = self.comparison.model_config
+        config = self.comparison.lineup.model_config
         return self.error(DSSolverScheduler.from_config(config, solvers={str(spec.nfe): spec.to_dict()}), spec.nfe)
 
     def stock(self, nfe: int) -> dict[str, Any]:
         """The best of diffusers' own, each in every spacing it offers."""
-        runs = self.comparison.candidates(nfe)
+        runs = self.comparison.lineup.runs(nfe)
         tried = [(self.error(run.scheduler, run.steps), f"{run.name} ({run.spacing})") for run in runs]
         return dict(zip(("mse", "scheduler"), min(tried), strict=True))
 

@@ -298,7 +298,7 @@ def test_calls_are_those_that_are_made(models, tmp_path):
     study = study_on(models, tmp_path)
     runs = [study.run("small-vp", s, 3) for s in ("unipc", "classical")]
     (to,) = measured(study, study.converged("small-vp", BUDGET.guidance))
-    sampler = study.comparisons["small-vp", BUDGET.guidance, None][0].sampler
+    sampler = study.comparisons["small-vp", BUDGET.guidance, None][0].lineup.sampler
     assert sampler.network_evaluations == 2 * study.converged("small-vp", BUDGET.guidance).calls and to
     for unit in runs:
         before = sampler.network_evaluations
@@ -319,7 +319,7 @@ def test_adams_and_the_best_spacing(models, tmp_path):
     assert rows == pytest.approx([1, -0.5, 1.5, 0, -0.5, 1.5])
     errors = {
         r.spacing: error_of(comparison.sample(r.scheduler, r.steps).final, wanted, variance)["error"]
-        for r in comparison.candidates(3)
+        for r in comparison.lineup.runs(3)
         if r.name == "unipc"
     }
     best = min((spacing for spacing in errors if errors[spacing] is not None), key=lambda spacing: errors[spacing])
@@ -360,7 +360,7 @@ def test_on_another_schedule_the_network_is_told_the_time_of_equal_noise(models,
     seen = []
     here, _ = measured(study, study.run("small-vp", "classical", 2), there)
     comparison = study.comparisons["small-vp", BUDGET.guidance, "Stable Diffusion"][0]
-    comparison.sampler.pipe.transformer.register_forward_pre_hook(
+    comparison.lineup.sampler.pipe.transformer.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(float(kwargs["timestep"][0])), with_kwargs=True
     )
     scheduler = study._runs(comparison, "classical", 2)[0].scheduler

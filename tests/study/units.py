@@ -275,7 +275,7 @@ class Study:
 
     def _reference(self, model: str, guidance: float, schedule: str | None, **_: Any) -> dict[str, Any]:
         comparison, _, variance = self._comparison(model, guidance, schedule)
-        return {"variance": variance, "error": comparison.reference()[2] / variance}
+        return {"variance": variance, "error": comparison.converged()[2] / variance}
 
     def _comparison(self, model: str, guidance: float, schedule: str | None) -> tuple[Comparison, torch.Tensor, float]:
         """With the reference's final states and their variance. On another schedule the network is told the time whose
@@ -289,12 +289,12 @@ class Study:
                 schedulers=list(b.stock), num_pictures=1,
             )  # fmt: skip
             comparison = Comparison(config)
-            pipe = comparison.sampler.pipe
+            pipe = comparison.lineup.sampler.pipe
             if schedule is not None:
                 own, pipe.scheduler = pipe.scheduler, on_schedule(pipe.scheduler, schedule)
-                comparison.model_config = pipe.scheduler.config
+                comparison.lineup.model_config = pipe.scheduler.config
                 pipe.transformer.register_forward_pre_hook(Retimed(own, pipe.scheduler), with_kwargs=True)
-            final = comparison.reference()[0]
+            final = comparison.converged()[0]
             self.comparisons[key] = comparison, final, final.double().var().item()
         return self.comparisons[key]
 
@@ -310,7 +310,7 @@ class Study:
         return min(tried, key=lambda found: math.inf if found["error"] is None else found["error"])
 
     def _runs(self, comparison: Comparison, scheduler: str | Unit, nfe: int) -> Iterable[Run]:
-        config = comparison.model_config
+        config = comparison.lineup.model_config
         if isinstance(scheduler, Unit):
             table = self._needed(scheduler)["tables"][str(nfe)]
             made = DSSolverScheduler.from_config(config, solvers={str(nfe): table})
@@ -321,7 +321,7 @@ class Study:
         elif scheduler == CLASSICAL:
             made = DSSolverScheduler.from_config(config, solvers=CLASSICAL)
         else:
-            return [run for run in comparison.candidates(nfe) if run.name == scheduler]
+            return [run for run in comparison.lineup.runs(nfe) if run.name == scheduler]
         return [Run("", nfe, "", made, nfe, True, "")]
 
     def _needed(self, unit: Unit) -> dict[str, Any]:
@@ -347,13 +347,13 @@ class Study:
 
     def _teacher(self, steps: int, order: int, to: Unit, **_: Any) -> dict[str, Any]:
         comparison, final, variance = self._to(to)
-        sampler, size = comparison.sampler, comparison.config.batch_size
-        probe = ProbeScheduler.from_config(comparison.model_config, solvers=CLASSICAL, history_length=None)
+        sampler, size = comparison.lineup.sampler, comparison.config.batch_size
+        probe = ProbeScheduler.from_config(comparison.lineup.model_config, solvers=CLASSICAL, history_length=None)
         made = reference(sampler, probe, range(len(final)), SPLIT, steps, order, size, progress=False)
         return error_of(made.final, final, variance)
 
     def _refusal(self, model: str, search: Unit, schedule: str) -> dict[str, Any]:
-        own = self._comparison(model, self.budget.guidance, None)[0].sampler.pipe.scheduler
+        own = self._comparison(model, self.budget.guidance, None)[0].lineup.sampler.pipe.scheduler
         with tempfile.TemporaryDirectory() as folder:
             artefact = DSSolverScheduler.from_config(own.config, solvers=self._needed(search)["tables"])
             artefact.save_pretrained(folder)
