@@ -136,63 +136,22 @@ def first_order_end(spec: SolverSpec) -> SolverSpec:
     return replace(spec, coefficients=(*spec.coefficients[:-1], (0.0,) * (spec.nfe - 1) + (1.0,)))
 
 
-def from_neighbours(
-    solvers: Mapping[int, SolverSpec], nfe: int, path: Path, interpolate_corrections: bool = False
-) -> SolverSpec:
-    """A solver for `nfe` steps without a table: the node curves of the next smaller and next larger table, blended
-    linearly in N (only the one there is, outside their range), with classical rows.
+def from_neighbours(solvers: Mapping[int, SolverSpec], nfe: int, path: Path) -> SolverSpec:
+    """A solver for `nfe` steps without a table: classical rows on interpolated nodes.
 
-    Args:
-        solvers: at least one searched solver by its NFE.
-        nfe: the step count wanted, 1 or more.
-        interpolate_corrections: between two tables, also blend what they learned (by position i/N and lag), weights
-            and network times alike. Outside their range this changes nothing: many steps converge by themselves.
+    The node curves of the next smaller and next larger table are blended linearly in N; outside the range of the
+    tables the nearest curve is used alone.
     """
     below = max((n for n in solvers if n <= nfe), default=min(solvers))
     above = min((n for n in solvers if n >= nfe), default=max(solvers))
     blend = (nfe - below) / (above - below) if above > below else 0.0
-    pair = [(1 - blend, solvers[below]), (blend, solvers[above])]
-    curves = [(share, node_curve(spec.nodes)) for share, spec in pair]
-    nodes = (*(sum(share * curve(i / nfe) for share, curve in curves) for i in range(nfe)), 0.0)
-    spec = classical(nodes, path)
-    if not interpolate_corrections or below == above:
-        return spec
-    learned = [(share, corrections(s, path), time_offsets(s, path)) for share, s in pair]
-    rows: list[Row] = []
-    fed = []
-    for i, row in enumerate(spec.coefficients):
-        at = i / (nfe - 1)
-        by_lag = [sum(share * _at(table, at, lag) for share, table, _ in learned) for lag in range(i + 1)]
-        by_lag[-1] -= math.fsum(by_lag)  # what reaches back too far falls to the oldest
-        rows.append(tuple(c + d for c, d in zip(row, reversed(by_lag), strict=True)))
-        offset = sum(share * _at(offsets, at) for share, _, offsets in learned)
-        fed.append(nodes[i] + offset * (nodes[i] - nodes[i + 1]))
-    offset_times = any(offsets for _, _, offsets in learned) and all(1 >= a > b >= 0 for a, b in pairwise(fed))
-    return SolverSpec(nodes, tuple(rows), _times(fed, path) if offset_times else None)
+    curves = [(1 - blend, node_curve(solvers[below].nodes)), (blend, node_curve(solvers[above].nodes))]
+    nodes = [sum(share * curve(i / nfe) for share, curve in curves) for i in range(nfe)]
+    return classical((*nodes, 0.0), path)
 
 
 def _times(nodes: Sequence[float], path: Path) -> tuple[float, ...]:
     return tuple(path.timestep(torch.tensor(nodes, dtype=torch.float64).clamp(0, 1)).tolist())
-
-
-def time_offsets(spec: SolverSpec, path: Path) -> list[list[float]]:
-    """How far what the network is fed lies from each node, in steps; N lists of one number, or none."""
-    if spec.timesteps is None:
-        return []
-    fed = path.node(torch.tensor(spec.timesteps, dtype=torch.float64)).tolist()
-    return [[(t - a) / (a - b)] for t, (a, b) in zip(fed, pairwise(spec.nodes), strict=True)]
-
-
-def _at(table: Sequence[Sequence[float]], position: float, lag: int = 0) -> float:
-    """Entry `lag` from the end of the row at `position` in [0, 1], first row to last, between rows linearly; 0 where
-    there is none."""
-    if not table:
-        return 0.0
-    place = position * (len(table) - 1)
-    low = int(place)
-    high = min(low + 1, len(table) - 1)
-    values = [row[-1 - lag] if lag < len(row) else 0.0 for row in (table[low], table[high])]
-    return values[0] + (place - low) * (values[1] - values[0])
 
 
 def node_curve(nodes: Sequence[float]) -> Curve:

@@ -55,7 +55,7 @@ class SolverSpec:
             raise ValueError(f"nodes[{self.nfe}] is {self.nodes[-1]!r}; the last node must be 0, the end of the path")
 
         if isinstance(self.coefficients, (str, bytes, Mapping)) or not isinstance(self.coefficients, Sequence):
-            raise ValueError(f"coefficients is {_short(self.coefficients)}; it must be a list of {self.nfe} rows")
+            raise ValueError(f"coefficients is {short(self.coefficients)}; it must be a list of {self.nfe} rows")
         _require_length("coefficients", self.coefficients, range(self.nfe, self.nfe + 1), "one row per step")
         rows = tuple(_numbers(f"coefficients[{i}]", row) for i, row in enumerate(self.coefficients))
         object.__setattr__(self, "coefficients", rows)
@@ -94,10 +94,10 @@ class SolverSpec:
     def from_dict(cls, data: Mapping[str, Any]) -> SolverSpec:
         """The inverse of `to_dict`; a ValueError names the key that is missing, unknown or wrong."""
         if not isinstance(data, Mapping):
-            raise ValueError(f"a solver must be a dict with nodes and coefficients, not {_short(data)}")
+            raise ValueError(f"a solver must be a dict with nodes and coefficients, not {short(data)}")
         known = {"nodes", "coefficients", "timesteps"}
         if unknown := sorted(str(key) for key in data if key not in known):
-            raise ValueError(f"unknown key {_short(unknown[0])} in a solver; known: {', '.join(sorted(known))}")
+            raise ValueError(f"unknown key {short(unknown[0])} in a solver; known: {', '.join(sorted(known))}")
         for key in ("nodes", "coefficients"):
             if key not in data:
                 raise ValueError(f"a solver lacks the key {key!r}")
@@ -226,17 +226,17 @@ def _padded(weights: Sequence[float], length: int) -> Row:
 
 def _numbers(name: str, values: Any) -> Row:
     if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Sequence):
-        raise ValueError(f"{name} is {_short(values)}; it must be a list of numbers")
+        raise ValueError(f"{name} is {short(values)}; it must be a list of numbers")
     numbers = []
     for i, value in enumerate(values):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ValueError(f"{name}[{i}] is {_short(value)}; it must be a number")
+            raise ValueError(f"{name}[{i}] is {short(value)}; it must be a number")
         try:
             number = float(value)
         except OverflowError:
             number = math.inf
         if not math.isfinite(number):
-            raise ValueError(f"{name}[{i}] is {_short(value)}; it must be finite")
+            raise ValueError(f"{name}[{i}] is {short(value)}; it must be finite")
         numbers.append(number)
     return tuple(numbers)
 
@@ -256,7 +256,8 @@ def _require_falling(name: str, values: Row, rising: bool = False) -> None:
             )
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A repr of at most 60 characters, for messages about untrusted values."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits, or nesting without end

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diffusers_dssolver import SolverSpec
-from diffusers_dssolver.step import step
+from diffusers_dssolver.step import Scalar, step
 
 
 @dataclass
@@ -69,6 +70,29 @@ def integrate(problem, alphas, sigmas, transition, rows, x: Tensor, seeded: int 
         history.append(problem.quantity(x, *points[i]))
         x = step(x, history, rows[i], a[i].item(), b[i].item())
     return x
+
+
+def rollout(
+    evaluate: Callable[[Tensor, Scalar], Tensor],
+    x: Tensor,
+    timesteps: Sequence[Scalar],
+    transitions: Iterable[tuple[Scalar, Scalar]],
+    coefficients: Sequence[Sequence[Scalar]],
+) -> list[Tensor]:
+    """All N+1 states of one run.
+
+    Args:
+        evaluate: (x, timestep) -> d, the model quantity that is integrated; called N times.
+        x: state at the first node.
+        timesteps: N times to evaluate at.
+        transitions: N pairs (A_i, B_i).
+        coefficients: N rows, row i of i+1 weights.
+    """
+    states, history = [x], []
+    for t, (a, b), row in zip(timesteps, transitions, coefficients, strict=True):
+        history.append(evaluate(states[-1], t))
+        states.append(step(states[-1], history, row, a, b))
+    return states
 
 
 def convergence_order(errors: dict[int, float]) -> float:

@@ -24,6 +24,17 @@ ALLOWED = {
     "paths": {"torch"},
     "grids": set(),
     "figures": set(),
+    "artefacts": {f"{RUNTIME}.config"},
+    "choose": {"torch", f"{RUNTIME}.derive", f"{RUNTIME}.grids", f"{RUNTIME}.paths", f"{RUNTIME}.solver"},
+    "history": {"torch", f"{RUNTIME}.solver", f"{RUNTIME}.step"},
+    "training": {"torch", f"{RUNTIME}.paths"},
+    "loading": {
+        "diffusers",
+        f"{RUNTIME}.artefacts",
+        f"{RUNTIME}.config",
+        f"{RUNTIME}.card",
+        f"{RUNTIME}.published",
+    },
     "config": {f"{RUNTIME}.derive", f"{RUNTIME}.paths", f"{RUNTIME}.solver"},
     "derive": {"torch", f"{RUNTIME}.paths", f"{RUNTIME}.solver"},
     "card": {

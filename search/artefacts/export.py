@@ -60,12 +60,12 @@ def specs(scheduler: DSSolverScheduler, nfe: list[int]) -> dict[int, SolverSpec]
         raise ValueError(
             f"no table for {missing[0]} steps; there are tables for {', '.join(map(str, scheduler.tables))}"
         )
-    return {n: scheduler._solvers[n] for n in sorted(nfe or scheduler.tables)}
+    return {n: scheduler.solvers[n] for n in sorted(nfe or scheduler.tables)}
 
 
 def levels(scheduler: DSSolverScheduler, spec: SolverSpec) -> tuple[list[float], list[float]]:
     """N+1 noise levels of a table, and the N that the network is fed: sigma of flow, sigma / alpha of all others."""
-    path = scheduler._path
+    path = scheduler.path
 
     def of(nodes: torch.Tensor) -> list[float]:
         alpha, sigma = path.alpha_sigma(nodes)
@@ -86,7 +86,7 @@ def source(scheduler: DSSolverScheduler, nfe: list[int]) -> str:
         )
     prediction = scheduler.config.prediction_type
     solver: dict[str, Any] = {
-        "prediction": "flow" if isinstance(scheduler._path, FlowPath) else prediction,
+        "prediction": "flow" if isinstance(scheduler.path, FlowPath) else prediction,
         "tables": {},
     }
     for n, spec in specs(scheduler, nfe).items():

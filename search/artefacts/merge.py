@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_dssolver import DSSolverScheduler
-from diffusers_dssolver.config import mismatch
+from diffusers_dssolver.artefacts import mismatch
 from diffusers_dssolver.published import CONFIG_NAME
 
 from ..console import say
@@ -58,7 +58,6 @@ def merge(config: MergeConfig) -> None:
     merged = {
         **by_scale[default], "solvers": tables[default], "provenance": provenance,
         "guidance_solvers": {str(w): solvers for w, solvers in tables.items()},
-        "interpolate_corrections": all(a["interpolate_corrections"] for a in by_scale.values()),
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / CONFIG_NAME, DSSolverScheduler.from_config(merged).to_json_string())

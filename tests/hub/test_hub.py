@@ -22,11 +22,11 @@ first.push_to_hub("user/solver")
 HfApi().create_tag("user/solver", tag="v1")
 second.push_to_hub("user/solver")
 assert set(HfApi().list_repo_files("user/solver")) <= {".gitattributes", "README.md", "scheduler_config.json"}
-loaded = {name: DSSolverScheduler.from_pretrained("user/solver", revision=name)._solvers for name in ("main", "v1")}
-assert loaded == {"main": second._solvers, "v1": first._solvers}, loaded
-assert DSSolverScheduler.from_pretrained("user/solver")._solvers == second._solvers
+loaded = {name: DSSolverScheduler.from_pretrained("user/solver", revision=name).solvers for name in ("main", "v1")}
+assert loaded == {"main": second.solvers, "v1": first.solvers}, loaded
+assert DSSolverScheduler.from_pretrained("user/solver").solvers == second.solvers
 by_name = DSSolverScheduler.from_config({"shift": 1.0}, solvers="user/solver")
-assert by_name._solvers == second._solvers and by_name.config.prediction_type == "flow_prediction"
+assert by_name.solvers == second.solvers and by_name.config.prediction_type == "flow_prediction"
 print("all equal")
 """
 

@@ -485,5 +485,5 @@ def test_what_was_published_is_used(hub, artefact, models, tmp_path):
     assert hub.log == []
     assert fresh(DOWNLOAD, hub, user).strip() == str(sorted(FILES))
     loaded = DSSolverScheduler.from_pretrained(user / "copy")
-    assert loaded._solvers == DSSolverScheduler.from_pretrained(artefact)._solvers
+    assert loaded.solvers == DSSolverScheduler.from_pretrained(artefact).solvers
     assert HfApi().model_info(REPO).card_data.license == "apache-2.0"

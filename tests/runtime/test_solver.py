@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 from diffusers_dssolver import SolverSpec
 from diffusers_dssolver.paths import VPPath
 from diffusers_dssolver.solver import MAX_NFE, adams_bashforth_rows, dpm_solver_pp_rows, fold
-from diffusers_dssolver.step import rollout
-from tests.problems import DoubleTorch, nonlinear_model, quantity, specs
+from tests.problems import DoubleTorch, nonlinear_model, quantity, rollout, specs
 
 BETAS = (0.1, 0.2)  # VPPath is used here for its formulas, which need no schedule
 

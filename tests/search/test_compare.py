@@ -396,7 +396,7 @@ def test_the_solver_of_this_guidance_is_taken(folders, tmp_path, capsys):
     )
     for guidance, expected in ((2.0, high), (1.0, low)):
         comparison = Comparison(settings(folders, "flow", guidance_scale=guidance, solver=[str(tmp_path)]))
-        assert comparison.ours[tmp_path.name]._solvers[NFE].to_dict() == expected[str(NFE)]
+        assert comparison.ours[tmp_path.name].solvers[NFE].to_dict() == expected[str(NFE)]
     provenance = {"call": {"guidance_scale": 4.0}}
     DSSolverScheduler(prediction_type="flow_prediction", solvers=low, provenance=provenance).save_pretrained(tmp_path)
     Comparison(settings(folders, "flow", solver=[str(tmp_path)]))

@@ -43,14 +43,14 @@ def by_scheduler(scheduler, noise, steps, first=0):
     scheduler.set_begin_index(first)
     x = noise
     for t in scheduler.timesteps[first:]:
-        node = scheduler._path.node(t.double()).float()
+        node = scheduler.path.node(t.double()).float()
         x = scheduler.step(network(x, node), t, x, return_dict=False)[0]
     return x
 
 
 def wrapper(kind, scheduler, seen):
     """The same network as k-diffusion has it: x and sigma in, denoised data out."""
-    path = scheduler._path
+    path = scheduler.path
     nodes = torch.linspace(1e-4, 1, 200_001, dtype=torch.float64)
     alpha, sigma = path.alpha_sigma(nodes)
     known = sigma if kind == "flow" else sigma / alpha
@@ -158,7 +158,7 @@ def test_guidance_chooses_the_tables(tmp_path):
     DSSolverScheduler(**KINDS["flow"], solvers=one, guidance_solvers={"1": one, "3": other}).save_pretrained(tmp_path)
     for guidance, node in ((None, 0.9), (3.0, 0.5), (2.0, 0.7)):
         scheduler = load(str(tmp_path), guidance)
-        assert levels(scheduler, scheduler._solvers[1])[0] == pytest.approx([node, 0.0])
+        assert levels(scheduler, scheduler.solvers[1])[0] == pytest.approx([node, 0.0])
 
 
 @pytest.mark.parametrize(
