@@ -10,9 +10,10 @@ import functools
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from .derive import MAX_FACTOR, MIN_FACTOR, Shift
+from .derive import MAX_FACTOR, MIN_FACTOR, Shift, at_guidance
 from .paths import MAX_TRAIN_TIMESTEPS, PREDICTION_TYPES, ContinuousVPPath, FlowPath, Path, VPPath, make_betas
 from .solver import MAX_NFE, SolverSpec, short
 
@@ -53,6 +54,50 @@ def check_keys(config: Mapping[str, Any]) -> None:
     name = config.get("_class_name", "")
     if name and not (isinstance(name, str) and name.isidentifier() and name.endswith("Scheduler")):
         raise ValueError(f"_class_name is {short(name)}; it must be the name of a scheduler class")
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a full configuration says.
+
+    Args:
+        path: the model's path.
+        solvers: tables by NFE, at the guidance scale of the configuration.
+        searched_shift: resolution shift contained in their nodes; None: unknown.
+        entries: keys whose values must be replaced, so that the configuration is plain JSON of its own.
+    """
+
+    path: Path
+    solvers: dict[int, SolverSpec]
+    searched_shift: Shift | None
+    entries: dict[str, Any]
+
+
+def check(config: Mapping[str, Any]) -> Checked:
+    """Check a full configuration.
+
+    Raises:
+        ValueError: naming the key, its value and what is accepted.
+    """
+    entries: dict[str, Any] = {"use_flow_sigmas": config["prediction_type"] == "flow_prediction"}
+    if hasattr(config["trained_betas"], "tolist"):
+        entries["trained_betas"] = config["trained_betas"].tolist()
+    if "_use_default_values" in config:
+        # diffusers does not pass these keys on to other classes, which need those of the noise schedule
+        entries["_use_default_values"] = sorted({*config["_use_default_values"]} - {"use_flow_sigmas", *SCHEDULE_KEYS})
+    check_options(config)
+    path = make_path({**config, **entries})
+    solvers = read_solvers(config["solvers"], path)
+    shift = read_shift(config["searched_shift"])
+    if solvers:
+        entries["solvers"] = _plain(solvers)
+    if by_scale := read_guidance_solvers(config["guidance_solvers"], path):
+        entries["guidance_solvers"] = Brief({str(scale): _plain(specs) for scale, specs in by_scale.items()})
+        if config["guidance_scale"] is not None:
+            solvers = at_guidance(by_scale, config["guidance_scale"], path)
+    if isinstance(config["provenance"], dict):
+        entries["provenance"] = Brief(config["provenance"])
+    return Checked(path, solvers, shift, entries)
 
 
 def without_old_keys(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -191,6 +236,10 @@ def is_flow(config: Mapping[str, Any]) -> bool:
     if config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas"):
         return True
     return "shift" in config and "beta_start" not in config
+
+
+def _plain(specs: Mapping[int, SolverSpec]) -> Brief:
+    return Brief({str(nfe): spec.to_dict() for nfe, spec in specs.items()})
 
 
 def _check_number(name: str, value: Any, between: tuple[float, float], optional: bool = False) -> None:

@@ -14,17 +14,8 @@ from diffusers.utils import BaseOutput, logging
 from torch import Tensor
 
 from .choose import SolverSet
-from .config import (
-    CLASSICAL,
-    SCHEDULE_KEYS,
-    Brief,
-    check_options,
-    make_path,
-    read_guidance_solvers,
-    read_shift,
-    read_solvers,
-)
-from .derive import Shift, at_guidance, dynamic_shift, uniform_nodes
+from .config import CLASSICAL, check
+from .derive import Shift, dynamic_shift, uniform_nodes
 from .history import History
 from .loading import LoadableScheduler
 from .paths import FlowPath, Path
@@ -133,26 +124,9 @@ class DSSolverScheduler(NoiseSchedule, LoadableScheduler):  # type: ignore[misc]
         guidance_scale: float | None = None,
         mean_decay: float | None = None,
     ) -> None:
-        if isinstance(trained_betas, np.ndarray):
-            self.register_to_config(trained_betas=trained_betas.tolist())
-        self.register_to_config(use_flow_sigmas=prediction_type == "flow_prediction")
-        if "_use_default_values" in self.config:
-            # diffusers does not pass these keys on to other classes, which need those of the noise schedule
-            unsaid = sorted(set(self.config["_use_default_values"]) - {"use_flow_sigmas", *SCHEDULE_KEYS})
-            self.register_to_config(_use_default_values=unsaid)
-        check_options(self.config)
-        self._path = make_path(self.config)
-        self._solvers = read_solvers(solvers, self._path)
-        self._searched = read_shift(searched_shift)
-        if self._solvers:  # plain lists under text keys, none of them shared with the caller
-            self.register_to_config(solvers=_plain(self._solvers))
-        if by_scale := read_guidance_solvers(guidance_solvers, self._path):
-            told = Brief({str(scale): _plain(specs) for scale, specs in by_scale.items()})
-            self.register_to_config(guidance_solvers=told)
-            if guidance_scale is not None:
-                self._solvers = at_guidance(by_scale, guidance_scale, self._path)
-        if isinstance(provenance, dict):
-            self.register_to_config(provenance=Brief(provenance))
+        checked = check(self.config)
+        self._path, self._solvers, self._searched = checked.path, checked.solvers, checked.searched_shift
+        self.register_to_config(**checked.entries)
         self._said: set[str] = set()
         self._begin_index: int | None = None
         self._mu: float | None = None
@@ -368,10 +342,6 @@ class DSSolverScheduler(NoiseSchedule, LoadableScheduler):  # type: ignore[misc]
     def _row(self, index: int, x: Tensor) -> Sequence[Scalar]:
         """Weights of the newest quantities at step `index` from state x."""
         return self._history.row(index)
-
-
-def _plain(specs: Mapping[int, SolverSpec]) -> Brief:
-    return Brief({str(nfe): spec.to_dict() for nfe, spec in specs.items()})
 
 
 def _floats(values: Sequence[float] | Tensor | np.ndarray | None) -> list[float] | None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,8 +46,8 @@ class SolverSpec:
     timesteps: Row | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "nodes", _numbers("nodes", self.nodes))
-        _require_length("nodes", self.nodes, range(2, MAX_NFE + 2), "N+1 nodes")
+        nodes = _numbers("nodes", self.nodes, range(2, MAX_NFE + 2), "N+1 nodes")
+        object.__setattr__(self, "nodes", nodes)
         for i, node in enumerate(self.nodes):
             if not 0 <= node <= 1:
                 raise ValueError(f"nodes[{i}] is {node!r}; every node must lie in [0, 1]")
@@ -54,19 +55,19 @@ class SolverSpec:
         if self.nodes[-1] != 0:
             raise ValueError(f"nodes[{self.nfe}] is {self.nodes[-1]!r}; the last node must be 0, the end of the path")
 
-        if isinstance(self.coefficients, (str, bytes, Mapping)) or not isinstance(self.coefficients, Sequence):
-            raise ValueError(f"coefficients is {short(self.coefficients)}; it must be a list of {self.nfe} rows")
-        _require_length("coefficients", self.coefficients, range(self.nfe, self.nfe + 1), "one row per step")
-        rows = tuple(_numbers(f"coefficients[{i}]", row) for i, row in enumerate(self.coefficients))
+        _require_list("coefficients", self.coefficients, range(self.nfe, self.nfe + 1), "one row per step")
+        rows = tuple(
+            _numbers(f"coefficients[{i}]", row, range(i + 1, i + 2), "row i holds c_i0 .. c_ii")
+            for i, row in enumerate(self.coefficients)
+        )
         object.__setattr__(self, "coefficients", rows)
         for i, row in enumerate(rows):
-            _require_length(f"coefficients[{i}]", row, range(i + 1, i + 2), "row i holds c_i0 .. c_ii")
             if abs(math.fsum(row) - 1) > ROW_SUM_TOLERANCE:
                 raise ValueError(f"coefficients[{i}] sums to {math.fsum(row)!r}; every row must sum to 1")
 
         if self.timesteps is not None:
-            object.__setattr__(self, "timesteps", _numbers("timesteps", self.timesteps))
-            _require_length("timesteps", self.timesteps, range(self.nfe, self.nfe + 1), "one per network call")
+            times = _numbers("timesteps", self.timesteps, range(self.nfe, self.nfe + 1), "one per network call")
+            object.__setattr__(self, "timesteps", times)
             _require_falling("timesteps", self.timesteps, self.rising)
             for i, time in enumerate(self.timesteps):
                 if time < 0:
@@ -224,9 +225,9 @@ def _padded(weights: Sequence[float], length: int) -> Row:
     return (0.0,) * (length - len(weights)) + tuple(weights)
 
 
-def _numbers(name: str, values: Any) -> Row:
-    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Sequence):
-        raise ValueError(f"{name} is {short(values)}; it must be a list of numbers")
+def _numbers(name: str, values: Any, lengths: range = range(sys.maxsize), meaning: str = "") -> Row:
+    """Finite floats; the length is checked first, as a file may hold millions."""
+    _require_list(name, values, lengths, meaning)
     numbers = []
     for i, value in enumerate(values):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -241,7 +242,9 @@ def _numbers(name: str, values: Any) -> Row:
     return tuple(numbers)
 
 
-def _require_length(name: str, values: Sequence[Any], allowed: range, meaning: str) -> None:
+def _require_list(name: str, values: Any, allowed: range, meaning: str) -> None:
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Sequence):
+        raise ValueError(f"{name} is {short(values)}; it must be a list")
     if len(values) not in allowed:
         wanted = f"{allowed[0]}" if len(allowed) == 1 else f"{allowed[0]} to {allowed[-1]}"
         raise ValueError(f"{name} has {len(values)} entries; {wanted} expected ({meaning})")

@@ -381,7 +381,7 @@ def test_truncated_json_is_refused(length):
     [
         ("[" * 100_000, "JSON"),
         ('{"nodes":' * 100_000, "JSON"),
-        ('{"nodes": ' + "[" * 900 + "]" * 900 + ', "coefficients": []}', r"nodes\[0\] is"),
+        ('{"nodes": ' + "[" * 900 + "]" * 900 + ', "coefficients": []}', "nodes has 1 entries"),
         ('{"nodes": [1' + "0" * 5000 + ', 0], "coefficients": [[1]]}', "digit"),
         ('{"nodes": [1' + "0" * 400 + ', 0], "coefficients": [[1]]}', r"nodes\[0\] .*finite"),
         ('{"nodes": [NaN, 0], "coefficients": [[1]]}', r"nodes\[0\] is nan"),
