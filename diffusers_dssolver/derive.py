@@ -1,10 +1,8 @@
 """Solvers for which no table was searched: other step counts, other resolution shifts, grids of the user's own.
 
-The node curve of a searched solver, node as a function of i/N, carries over to other step counts. Its weights are the
-classical ones of its nodes plus a learned correction; under a resolution shift the correction is kept and the classical
-part is computed anew. Between step counts the correction is taken along only where that was measured to help
-(neighbouring searches may sit in different minima); else derived solvers have classical rows: Adams-Bashforth 2 on flow
-paths, DPM-Solver++(2M) on vp paths.
+The node curve of a searched solver (node as a function of i/N) is used at other step counts, with classical rows:
+Adams-Bashforth 2 on flow paths, DPM-Solver++(2M) on vp paths. The weights of a searched solver are the classical ones of
+its nodes plus a learned correction; a resolution shift keeps the correction and recomputes the classical part.
 """
 
 from __future__ import annotations
@@ -27,8 +25,8 @@ Number = TypeVar("Number", float, torch.Tensor)
 
 @dataclass(frozen=True)
 class Shift:
-    """The resolution shift of flow models: sigma' = e sigma / (1 + (e - 1) sigma), e = `factor`; then, if `terminal`
-    is given, a stretch that puts the last network call at sigma = `terminal`.
+    """The resolution shift of flow models: sigma' = e sigma / (1 + (e - 1) sigma) with e = `factor`. If `terminal` is
+    given, a stretch then puts the last network call at sigma = `terminal`.
 
     Source: Esser et al., arXiv 2403.03206, Sec. 5.3.2, as diffusers' FlowMatchEulerDiscreteScheduler computes it.
     """
@@ -37,7 +35,7 @@ class Shift:
     terminal: float | None = None
 
     def __call__(self, sigmas: Sequence[float]) -> tuple[float, ...]:
-        """N+1 falling sigmas, the last 0, to N+1 shifted ones."""
+        """Shift N+1 falling sigmas, the last of them 0."""
         moved = [warp(s, self.factor) for s in sigmas]
         if self.terminal and len(sigmas) > 2:
             scale = (1 - moved[-2]) / (1 - self.terminal)
@@ -45,8 +43,10 @@ class Shift:
         return tuple(moved)
 
     def map_to(self, other: Shift, nodes: Sequence[float]) -> Curve:
-        """The monotone map from sigmas that were shifted by this to the same shifted by `other` instead, for a solver
-        with these N+1 nodes. A stretch is undone so that the last call falls where a shifted 1/N is."""
+        """The monotone map from sigmas shifted by this to sigmas shifted by `other`, for a solver with these N+1 nodes.
+
+        A stretch is undone such that the last call falls on a shifted 1/N.
+        """
         if self == other:
             return lambda sigma: sigma
         n, last = len(nodes) - 1, nodes[-2]
@@ -66,8 +66,11 @@ def warp(sigma: Number, factor: float) -> Number:
 
 
 def reshifted(spec: SolverSpec, searched: Shift, target: Shift, path: FlowPath) -> SolverSpec:
-    """A solver searched at one resolution shift, for another: nodes and network times are warped, the classical part
-    of the weights is that of the warped nodes, the learned correction stays."""
+    """A solver searched at one resolution shift, for use at another.
+
+    Nodes and network times are warped. The classical part of the weights is recomputed on the warped nodes; the learned
+    correction is kept.
+    """
     if searched == target:
         return spec
     move = searched.map_to(target, spec.nodes)
@@ -82,8 +85,11 @@ def reshifted(spec: SolverSpec, searched: Shift, target: Shift, path: FlowPath) 
 
 
 def at_guidance(by_scale: Mapping[float, Mapping[int, SolverSpec]], scale: float, path: Path) -> dict[int, SolverSpec]:
-    """Solvers by NFE for a guidance scale between searched ones: nodes, weights and network times of the next lower and
-    the next higher one, blended linearly in the scale; beyond all of them those of the nearest."""
+    """Solvers by NFE for a guidance scale between searched ones.
+
+    Nodes, weights and network times of the next lower and next higher scale are blended linearly in the scale. Outside
+    all scales, the solvers of the nearest one.
+    """
     scales = sorted(by_scale)
     scale = min(max(scale, scales[0]), scales[-1])
     lower, upper = max(s for s in scales if s <= scale), min(s for s in scales if s >= scale)
@@ -94,7 +100,7 @@ def at_guidance(by_scale: Mapping[float, Mapping[int, SolverSpec]], scale: float
 
 
 def _blended(a: SolverSpec, b: SolverSpec, share: float, path: Path) -> SolverSpec:
-    """(1 - share) a + share b, both with as many steps."""
+    """(1 - share) a + share b, for two solvers with the same number of steps."""
 
     def mix(first: Sequence[float], second: Sequence[float]) -> Row:
         return tuple((1 - share) * x + share * y for x, y in zip(first, second, strict=True))
@@ -107,7 +113,7 @@ def _blended(a: SolverSpec, b: SolverSpec, share: float, path: Path) -> SolverSp
 
 
 def corrections(spec: SolverSpec, path: Path) -> list[list[float]]:
-    """What was learned: the weights minus the classical ones of the same nodes; every row sums to 0."""
+    """The learned part of the weights: minus the classical weights of the same nodes. Every row sums to 0."""
     base = classical(spec.nodes, path).coefficients
     return [[c - b for c, b in zip(*pair, strict=True)] for pair in zip(spec.coefficients, base, strict=True)]
 
@@ -120,8 +126,8 @@ def uniform_nodes(nfe: int, path: Path) -> tuple[float, ...]:
 def classical(nodes: Sequence[float], path: Path, order: int = 2, stretched: bool = False) -> SolverSpec:
     """Adams-Bashforth (flow) or DPM-Solver++ (vp) of this order on these nodes; order 1 is Euler or DDIM.
 
-    With many steps a grid that is `stretched` to a terminal shift has a last step far longer than the one before; an
-    extrapolation over it would grow with N, so beyond twice its length it is an Euler step.
+    The last step of a grid that is `stretched` to a terminal shift is far longer than the others, and an extrapolation
+    over it grows with N. Where it is longer than twice the step before, it is an Euler step.
     """
     if isinstance(path, FlowPath):
         spec = SolverSpec.adams_bashforth(nodes, order)
@@ -132,7 +138,7 @@ def classical(nodes: Sequence[float], path: Path, order: int = 2, stretched: boo
 
 
 def first_order_end(spec: SolverSpec) -> SolverSpec:
-    """The same with a last step of Euler or DDIM: it ends in the data that the network predicts at the last node."""
+    """The same with an Euler or DDIM step at the end, which gives the data that the last network call predicts."""
     return replace(spec, coefficients=(*spec.coefficients[:-1], (0.0,) * (spec.nfe - 1) + (1.0,)))
 
 

@@ -1,13 +1,12 @@
 """A solver as data: N+1 nodes and a lower-triangular table of coefficients whose rows sum to 1.
 
-Step i goes from node i to node i+1 and uses every model quantity d_j seen so far (`step.py` is the only place where
-this is computed):
+Step i goes from node i to node i+1 and uses every model quantity d_j seen so far (computed in `step.py` only):
 
     x_{i+1} = A_i x_i + B_i * sum_{j<=i} c_ij d_j          i = 0..N-1
 
-Rows sum to 1 so that a constant d is integrated exactly. Euler (DDIM), Adams-Bashforth and DPM-Solver++ are rows of
-this same table whose numbers follow from the nodes. Nodes run from the noisiest (at most 1) down to exactly 0, the end
-of the path; what a node means is the business of `paths.py`. Standard library only.
+Rows sum to 1, so that a constant d is integrated exactly. Euler (DDIM), Adams-Bashforth and DPM-Solver++ are tables
+whose numbers follow from the nodes. Nodes fall from the noisiest (at most 1) to exactly 0, the end of the path; their
+meaning is defined in `paths.py`. Standard library only.
 
 Paper: Eq. (16), (19), Alg. 1 of "Differentiable Solver Search for Fast Diffusion Sampling", arXiv 2505.21114.
 """
@@ -34,8 +33,8 @@ class SolverSpec:
     Args:
         nodes: N+1 numbers in [0, 1], strictly falling, the last exactly 0.
         coefficients: N rows; row i has i+1 numbers, oldest model quantity first, and sums to 1 (within 1e-6).
-        timesteps: N times that the network is fed instead of those of the nodes, in the network's own units, not
-            negative, strictly falling (rising where the network's time does); None: the nodes' own times.
+        timesteps: N times that the network is fed, in its own units, not negative, strictly falling (rising where the
+            network's time does); None: the times of the nodes.
 
     Raises:
         ValueError: naming the entry, its value and what is expected.
@@ -138,10 +137,12 @@ class SolverSpec:
 
 
 def fold(row: Sequence[Any], available: int) -> list[Any]:
-    """A row for a run that started late: with only the newest `available` quantities, the weights of the missing
-    ones fall to the oldest that is there, so that the sum stays the same.
+    """Shorten a row to the newest `available` quantities, for a run that started late.
 
-    Raises ValueError unless 1 <= available <= len(row).
+    The oldest quantity left takes the weights of the missing ones, so the sum stays the same.
+
+    Raises:
+        ValueError: unless 1 <= available <= len(row).
     """
     if not 1 <= available <= len(row):
         raise ValueError(f"available is {available}; a row of {len(row)} weights can be folded to 1..{len(row)}")
@@ -186,7 +187,7 @@ def dpm_solver_pp_rows(lambdas: Sequence[float], order: int) -> tuple[Row, ...]:
         elif i == n - 2 and n < 15:
             k = min(k, 2)
         h = lambdas[i + 1] - lambdas[i]
-        if k > 1 and (h <= 0 or lambdas[i] <= lambdas[i - 1]):  # a clamped schedule stands still: no slope to be had
+        if k > 1 and (h <= 0 or lambdas[i] <= lambdas[i - 1]):  # no slope where a clamped schedule stands still
             k = 1
         elif k == 3 and lambdas[i - 1] <= lambdas[i - 2]:
             k = 2

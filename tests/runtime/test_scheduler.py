@@ -140,7 +140,7 @@ def test_a_fresh_object_has_what_pipelines_read(prediction_type):
 def test_every_step_count_is_honoured(prediction_type, source):
     solvers = "classical" if source == "classical" else make_solvers(5, 9)
     scheduler = make_any(prediction_type, solvers=solvers)
-    for n in [*range(1, 31), 1000]:
+    for n in [*range(1, 16), 1000]:
         scheduler.set_timesteps(n)
         assert len(scheduler.timesteps) == n == scheduler.num_inference_steps
         assert len(scheduler.sigmas) == n + 1
@@ -185,7 +185,7 @@ def test_sigmas_tell_the_noise_level():
 
 
 @pytest.mark.parametrize("prediction_type", VP_TYPES)
-@pytest.mark.parametrize("nfe", [1, 2, 5, 10, 20])
+@pytest.mark.parametrize("nfe", [1, 2, 20])
 @pytest.mark.parametrize(
     "betas", [{}, SD_CONFIG, {"beta_schedule": "squaredcos_cap_v2"}], ids=["linear", "scaled", "cosine"]
 )
@@ -322,7 +322,7 @@ def test_add_noise_keeps_the_samples_dtype_and_computes_in_float32():
 
 @pytest.mark.parametrize("prediction_type", ALL_TYPES)
 @pytest.mark.parametrize("fed", [False, True])
-@pytest.mark.parametrize("nfe", [1, 2, 7, 12])
+@pytest.mark.parametrize("nfe", [1, 7])
 def test_a_run_is_the_rollout_of_the_search(prediction_type, fed, nfe):
     table = make_table(nfe, fed=fed)
     scheduler = make_any(prediction_type, solvers={str(nfe): table})

@@ -107,15 +107,14 @@ def assert_same_trajectory(ours, theirs, tolerance):
 
 
 @pytest.mark.parametrize("final", ["zero", "sigma_min"])
-@pytest.mark.parametrize("schedule", ["linear", "scaled_linear"])
-@pytest.mark.parametrize("nfe", [1, 2, 3, 5, 8, 14, 15, 20])
+@pytest.mark.parametrize("nfe", [1, 2, 3, 14, 15])
 @pytest.mark.parametrize("order", [1, 2, 3])
-def test_dpm_solver_pp_trajectories_equal_those_of_diffusers(order, nfe, schedule, final, monkeypatch):
+def test_dpm_solver_pp_trajectories_equal_those_of_diffusers(order, nfe, final, monkeypatch):
     """Its sigmas are float32 and taken as given. With float32 inside its steps too the two would agree to 1e-6 only; in
     float64 they agree to rounding, amplified by the cancelling weights of a long last step (sigma_min, order 3)."""
     monkeypatch.setattr(scheduling_dpmsolver_multistep, "torch", DoubleTorch())
     scheduler = DPMSolverMultistepScheduler(
-        beta_schedule=schedule, solver_order=order, final_sigmas_type=final, timestep_spacing="trailing"
+        beta_schedule="scaled_linear", solver_order=order, final_sigmas_type=final, timestep_spacing="trailing"
     )
     scheduler.set_timesteps(nfe)
     scheduler.sigmas = scheduler.sigmas.double()
