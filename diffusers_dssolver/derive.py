@@ -1,8 +1,8 @@
 """Solvers for which no table was searched: other step counts, other resolution shifts, grids of the user's own.
 
 The node curve of a searched solver (node as a function of i/N) is used at other step counts, with classical rows:
-Adams-Bashforth 2 on flow paths, DPM-Solver++(2M) on vp paths. The weights of a searched solver are the classical ones of
-its nodes plus a learned correction; a resolution shift keeps the correction and recomputes the classical part.
+Adams-Bashforth 2 on flow paths, DPM-Solver++(2M) on vp paths. The weights of a searched solver are the classical ones
+of its nodes plus a learned correction; a resolution shift keeps the correction and recomputes the classical part.
 """
 
 from __future__ import annotations

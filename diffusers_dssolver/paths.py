@@ -153,8 +153,10 @@ class VPPath(Path):
 
 @dataclass(frozen=True)
 class ContinuousVPPath(VPPath):
-    """The continuous VP formula with which the published DiT tables were searched: node = t, the network is fed t T, and
-    alpha = exp(-t^2 (b1 - b0)/4 - t b0/2) with b = T beta. t starts at 0.999 and is clamped to [0.001, 1].
+    """The continuous VP formula with which the published DiT tables were searched.
+
+    node = t, the network is fed t T, alpha = exp(-t^2 (b1 - b0)/4 - t b0/2) with b = T beta. t starts at 0.999 and is
+    clamped to [0.001, 1].
 
     Source: Song et al., arXiv 2011.13456, Eq. (32); paper Sec. 6 and its official release.
     """
