@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,13 @@ Scalar = float | Tensor
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 MAX_TRAIN_TIMESTEPS = 100_000
+
+
+def as_float64(values: Any) -> Tensor:
+    """Numbers of any kind as float64 on the CPU, moved before they are converted: Apple's MPS has no float64."""
+    if isinstance(values, Tensor):
+        return values.detach().cpu().double()
+    return torch.as_tensor(values, dtype=torch.float64)
 
 
 class Path:

@@ -18,7 +18,7 @@ from .config import CLASSICAL, check
 from .derive import Shift, dynamic_shift, uniform_nodes
 from .history import History
 from .loading import LoadableScheduler
-from .paths import FlowPath, Path
+from .paths import FlowPath, Path, as_float64
 from .solver import SolverSpec
 from .step import Scalar, combine, scalars, step, threshold
 from .training import NoiseSchedule
@@ -345,9 +345,7 @@ class DSSolverScheduler(NoiseSchedule, LoadableScheduler):  # type: ignore[misc]
 
 
 def _floats(values: Sequence[float] | Tensor | np.ndarray | None) -> list[float] | None:
-    if values is None:
-        return None
-    return torch.as_tensor(values, dtype=torch.float64, device="cpu").reshape(-1).tolist()
+    return None if values is None else as_float64(values).reshape(-1).tolist()
 
 
 def _place(element: Any, vector: Tensor) -> int | None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .paths import Path, VPPath
+from .paths import Path, VPPath, as_float64
 
 
 class NoiseSchedule:
@@ -22,11 +22,11 @@ class NoiseSchedule:
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: int | float | Tensor) -> Tensor:
         """alpha x + sigma noise at the given times (one, or one per sample), on or off the schedule; shapes (B, ..)."""
-        times = torch.as_tensor(timesteps).detach().to("cpu", torch.float64).reshape(-1)
+        times = as_float64(timesteps).reshape(-1)
         factors = self._path.alpha_sigma(self._path.node(times))
         dtype = torch.promote_types(original_samples.dtype, torch.float32)
         alpha, sigma = (
-            f.to(original_samples.device, dtype).reshape(-1, *[1] * (original_samples.ndim - 1)) for f in factors
+            f.to(dtype).to(original_samples.device).reshape(-1, *[1] * (original_samples.ndim - 1)) for f in factors
         )
         return (alpha * original_samples + sigma * noise).to(original_samples.dtype)
 
