@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_dssolver import DSSolverScheduler
-from diffusers_dssolver.config import mismatch
+from diffusers_dssolver.artefacts import mismatch
 from diffusers_dssolver.published import CONFIG_NAME
 
 from ..console import say

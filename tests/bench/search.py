@@ -246,7 +246,7 @@ class EulerMemo:
 def nodes_of(start: str, family: str, nfe: int) -> torch.Tensor:
     """Nodes of a known family, (nfe + 1,) from 1 to 0, at resolution shift 1."""
     u = torch.linspace(1, 0, nfe + 1, dtype=torch.float64)
-    path = DSSolverScheduler.from_config(load_config(family), solvers="classical")._path
+    path = DSSolverScheduler.from_config(load_config(family), solvers="classical").path
     if start == "quadratic":
         return u**2
     if start == "cosine":

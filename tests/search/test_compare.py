@@ -395,7 +395,7 @@ def test_the_solver_of_this_guidance_is_taken(comparison_of, tmp_path, capsys):
     make_solver("flow", tmp_path, 1, guidance_solvers={"1": low, "2": high})
     for guidance, expected in ((2.0, high), (1.0, low)):
         comparison = comparison_of(guidance_scale=guidance, solver=[str(tmp_path)])
-        assert comparison.lineup.searched[tmp_path.name]._solvers[NFE].to_dict() == expected[str(NFE)]
+        assert comparison.lineup.searched[tmp_path.name].solvers[NFE].to_dict() == expected[str(NFE)]
     make_solver("flow", tmp_path, provenance={"call": {"guidance_scale": 4.0}})
     comparison_of(solver=[str(tmp_path)])
     assert "was searched at guidance scale 4.0, this run is at 1.5" in capsys.readouterr().err

@@ -170,6 +170,6 @@ def test_families_of_nodes(start, family):
     nodes = bench_search.nodes_of(start, family, 8)
     assert nodes[0] == pytest.approx(1, abs=1e-12) and nodes[-1] == 0 and (nodes.diff() < 0).all()
     if start == "log-SNR":
-        path = bench_search.DSSolverScheduler.from_config(bench_search.load_config(family), solvers="classical")._path
+        path = bench_search.DSSolverScheduler.from_config(bench_search.load_config(family), solvers="classical").path
         steps = path.lambdas(nodes[1:-1]).diff()
         assert (steps / steps[0] - 1).abs().max() < 0.02

@@ -382,7 +382,7 @@ class Retimed:
     """Before a network that was trained on one vp schedule: its times of another become those of equal noise."""
 
     def __init__(self, own: Any, other: Any) -> None:
-        self.own, self.other = (DSSolverScheduler.from_config(s.config, solvers=CLASSICAL)._path for s in (own, other))
+        self.own, self.other = (DSSolverScheduler.from_config(s.config, solvers=CLASSICAL).path for s in (own, other))
         self.grid = torch.arange(self.own.num_train_timesteps)
         self.levels = -self.own.lambdas(self.own.node(self.grid)).numpy()  # rising with time
 
