@@ -1,4 +1,4 @@
-"""What a search costs on large models: `python -m tests.cost_model [--peak 989] [--utilisation 0.4] [--update]`.
+"""What a search costs on large models: `python -m tests.bench.cost_model [--peak 989] [--utilisation 0.4] [--update]`.
 
 Counted: size and FLOPs of each denoiser (on the meta device, no weights), network evaluations by formulas that the
 tests hold against searches, idle GPUs. Assumed, not measured: the FLOP/s of a GPU.

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,6 @@ from dssolver_search.artefacts.merge import merge
 from dssolver_search.measure.compare import Comparison
 from dssolver_search.methods.search import search
 from dssolver_search.settings import CompareConfig, MergeConfig, SearchConfig
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 from tests.bench.search import FAMILIES, RESULTS, model, put_into_readme
 
 SCALES, BETWEEN = (1.5, 3.0, 5.0), (2.25, 4.0)

@@ -17,7 +17,6 @@ import math
 import os
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -47,8 +46,6 @@ from dssolver_search.pipeline.replay import uncounted
 from dssolver_search.pipeline.sampler import Sampler
 from dssolver_search.settings import CompareConfig, SearchConfig
 from dssolver_search.teacher.trajectories import reference
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 from tests.runtime.test_contract import Allocations
 
 ROOT = Path(__file__).resolve().parents[2]

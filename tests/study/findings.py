@@ -7,13 +7,10 @@ What is said of the paper: arXiv 2505.21114, tables of Sec. 6, Fig. 3, App. C, D
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from statistics import fmean, geometric_mean
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 from tests.bench.cost_model import table
 from tests.study import models as study_models
 from tests.study.units import ADAMS, CLASSICAL, REFERENCE, Study, Unit
@@ -38,7 +35,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # of finding 7: name, setti
     },
     "perceptual": (
         "closed form, polish, gradient of `perceptual`",
-        {"method": "gradient", "objective": "perceptual", "feature_network": "study_models:classifier"},
+        {"method": "gradient", "objective": "perceptual", "feature_network": "tests.study.models:classifier"},
     ),
 }
 OTHERS = ("terminal", "trajectory", "mixed")  # objectives beside the paper's

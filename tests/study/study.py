@@ -17,7 +17,6 @@ import argparse
 import functools
 import json
 import math
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -30,8 +29,6 @@ from matplotlib.ticker import FixedLocator, LogFormatterSciNotation, NullLocator
 
 from dssolver_search.measure.pictures import COLOURS, MARKERS, WIDTH, rendered
 from dssolver_search.storage import replacing, write_text
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 from tests.bench import search as bench_search
 from tests.bench.cost_model import table
 from tests.study import models as study_models

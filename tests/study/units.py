@@ -11,7 +11,6 @@ import json
 import math
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -36,8 +35,6 @@ from dssolver_search.pipeline.probe import ProbeScheduler
 from dssolver_search.settings import CompareConfig, SearchConfig
 from dssolver_search.storage import Damaged, read_record, write_record
 from dssolver_search.teacher.trajectories import reference
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 from tests.bench import cost_model
 from tests.study import models as study_models
 
