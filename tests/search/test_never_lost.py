@@ -37,7 +37,7 @@ SETTINGS = {
 }
 METHODS = tuple(SETTINGS)
 ESTIMATE = 2 * (20 + 40)  # steps for the teacher's error: two batches of two samples, and twice the steps
-pytestmark = pytest.mark.filterwarnings("ignore:.*torchvision.*")
+pytestmark = [pytest.mark.filterwarnings("ignore:.*torchvision.*"), pytest.mark.xdist_group("processes")]
 
 
 # --- the server -------------------------------------------------------------------------------------------------------

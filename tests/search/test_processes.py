@@ -22,6 +22,7 @@ from dssolver_search.storage import read_record
 from tests.search.test_never_lost import Forks
 from tests.search.test_search import arguments, without_clock
 
+pytestmark = pytest.mark.xdist_group("processes")  # several processes at a time are enough
 COMMON = {"guidance_scale": 1.5, "dtype": "float64", "num_validation_samples": 10, "teacher_steps": 20}
 SEARCHES = {  # no number of samples is a multiple of the number of processes
     "closed_form": {

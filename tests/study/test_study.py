@@ -21,9 +21,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from dssolver_search.demo import classifier, train
 from dssolver_search.images.features import of_network
 from dssolver_search.images.real_images import Statistics
+from dssolver_search.methods import search as run_module
 from dssolver_search.methods.closed_form import ClosedForm
 from dssolver_search.storage import write_tensors
 from tests import documents
+from tests.search.test_gradient import told
 from tests.search.test_search import make_pipe
 from tests.study import findings as study_findings
 from tests.study import models as study_models
@@ -70,7 +72,9 @@ def whole(models, tmp_path_factory):
     """(output of the whole study with one seed, arguments that lead to it)."""
     output = tmp_path_factory.mktemp("study")
     arguments = ["--models", str(models), "--output", str(output), "--seeds", "0"]
-    bench_study.main(arguments, BUDGET)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "preflight", told("full"))  # 42 searches of six models
+        bench_study.main(arguments, BUDGET)
     return output, arguments
 
 
