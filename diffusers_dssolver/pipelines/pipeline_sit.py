@@ -35,10 +35,10 @@ class SiTPipeline(DiffusionPipeline):
     """Images of given classes from a DiT or SiT transformer, latent (with a VAE) or in pixel space (without).
 
     Args:
-        transformer: class-conditional network. Its config gives the shape of a sample
-            (in_channels, sample_size, sample_size) and the number of classes, `num_embeds_ada_norm`, which is also
-            the id of the null class. Of a learned-sigma head (out_channels = 2 * in_channels) the second half is
-            dropped.
+        transformer: class-conditional network: a DiT or SiT, or a `UNet2DModel`. Its config gives the shape of a
+            sample (in_channels, sample_size, sample_size) and the number of classes, which is also the id of the null
+            class: `num_embeds_ada_norm`, or `num_class_embeds` - 1 of a U-Net. The second half of a learned-sigma head
+            (out_channels = 2 * in_channels) is dropped.
         scheduler: any diffusers scheduler that fits what the network predicts.
         vae: decodes latents; None if the network works on images in [-1, 1].
         id2label: class id (int, or str as in JSON) to its name or comma separated synonyms; kept in the config.
@@ -67,12 +67,18 @@ class SiTPipeline(DiffusionPipeline):
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         if id2label is not None:
             id2label = {str(key): name for key, name in id2label.items()}
-            classes = self.transformer.config.num_embeds_ada_norm
+            classes = self.num_classes
             for key in id2label:
                 if not key.isdecimal() or int(key) >= classes:
                     raise ValueError(f"id2label has the key {key!r}; use class ids, 0 to {classes - 1}.")
         self.register_to_config(id2label=id2label)
         self.image_processor = VaeImageProcessor()
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, and the id of the null class."""
+        embeddings = self.transformer.config.get("num_class_embeds")  # of a UNet2DModel, the null class included
+        return self.transformer.config["num_embeds_ada_norm"] if embeddings is None else embeddings - 1
 
     @property
     def labels(self) -> dict[str, int]:
@@ -109,7 +115,7 @@ class SiTPipeline(DiffusionPipeline):
             class_labels = class_labels.tolist()
         if isinstance(class_labels, str) or not isinstance(class_labels, Iterable):
             class_labels = [class_labels]
-        id2label, classes = self.config["id2label"] or {}, self.transformer.config.num_embeds_ada_norm
+        id2label, classes = self.config["id2label"] or {}, self.num_classes
         ids = [_id_of(c, id2label) if isinstance(c, str) else _checked(c, id2label, classes) for c in class_labels]
         if not ids:
             raise ValueError("class_labels is empty; give at least one class id or name.")
@@ -260,7 +266,7 @@ class SiTPipeline(DiffusionPipeline):
             latents = self.scheduler.scale_model_input(latents, t)
         if guided:
             latents = torch.cat([latents, latents])
-            labels = torch.cat([labels, torch.full_like(labels, self.transformer.config.num_embeds_ada_norm)])
+            labels = torch.cat([labels, torch.full_like(labels, self.num_classes)])
         output = self.transformer(latents, timestep=t.expand(len(latents)), class_labels=labels, return_dict=False)[0]
         output = output[:, : self.transformer.config.in_channels]  # without the learned sigma, if there is one
         if not guided:
