@@ -26,8 +26,9 @@ from tests.pipelines.zoo import ZOO, make_dit, make_vae
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SMALLER = {
-    "search": "--nfe 5 8 --trials 4 --num_train_samples 4 --num_validation_samples 4 --teacher_steps 20 --fill_nfe",
-    "compare": "--nfe 5 8 --num_samples 4 --reference_steps 20 --schedulers unipc euler",
+    "search": "--nfe 5 8 --trials 2 --starts 1 --polish 0 --num_train_samples 2 --num_trial_samples 2 "
+    "--num_validation_samples 2 --teacher_steps 9 --fill_nfe",
+    "compare": "--nfe 5 8 --num_samples 2 --reference_steps 8 --schedulers euler",
 }
 
 
