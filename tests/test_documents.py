@@ -19,10 +19,8 @@ DOCUMENTS = {
     for folder in (".", "hub_cards", "search", "search/demo", "search/docs", "tests/data", "tests/pipelines")
     for file in sorted((ROOT / folder).glob("*.md"))
 }
-OF_OTHERS = {  # options of accelerate and of scripts
-    "multi_gpu", "num_processes", "num_cpu_threads_per_process", "dataset_name", "mixed_precision", "max_train_steps",
-    "max_train_minutes",
-}  # fmt: skip
+SCRIPTS = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "search" / "demo").glob("*.py"))
+OF_OTHERS = {"multi_gpu", "num_processes", "num_cpu_threads_per_process"} | set(re.findall(r'"--(\w+)"', SCRIPTS))
 every_document = pytest.mark.parametrize("name", DOCUMENTS)
 
 

@@ -207,9 +207,7 @@ class SiTPipeline(DiffusionPipeline):
             output_type,
             callback_on_step_end_tensor_inputs,
         )
-        self._guidance_scale = guidance_scale
-        self._interrupt = False
-
+        self._guidance_scale, self._interrupt = guidance_scale, False
         device, dtype = self._execution_device, self.transformer.dtype
         labels = torch.tensor(ids, device=device)
         timesteps = self._set_timesteps(num_inference_steps, device)
@@ -228,7 +226,6 @@ class SiTPipeline(DiffusionPipeline):
                 model_output = self._predict(latents, t, labels, guidance_channels)
                 latents = self.scheduler.step(model_output, t, latents, **step_kwargs, return_dict=False)[0]
                 latents = latents.to(dtype)  # some schedulers return float32
-
                 if callback_on_step_end is not None:
                     callback_kwargs = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
                     callback_outputs = callback_on_step_end(self, i, t, callback_kwargs)
