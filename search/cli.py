@@ -4,37 +4,25 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from .settings import (
-    CardsConfig,
-    CompareConfig,
-    ConvertConfig,
-    EvaluateConfig,
-    ExportConfig,
-    MergeConfig,
-    PlotConfig,
-    PublishConfig,
-    ReportConfig,
-    SearchConfig,
-    parse,
-)
+from .settings import parse
 
 INTERRUPTED = 130  # what a shell reports of a command that Ctrl-C ended
-# settings, then the module that is imported only when its command is given, and what it calls
-COMMANDS: dict[str, tuple[type, str, str]] = {
-    "search": (SearchConfig, "methods.search", "search"),
-    "compare": (CompareConfig, "measure.compare", "compare"),
-    "merge": (MergeConfig, "artefacts.merge", "merge"),
-    "export": (ExportConfig, "artefacts.export", "export"),
-    "convert": (ConvertConfig, "checkpoints.convert", "convert"),
-    "evaluate": (EvaluateConfig, "measure.evaluate", "evaluate"),
-    "plot": (PlotConfig, "artefacts.plots", "plot"),
-    "report": (ReportConfig, "artefacts.report", "report"),
-    "publish": (PublishConfig, "artefacts.publish", "publish"),
-    "cards": (CardsConfig, "artefacts.publish", "cards"),
+# settings, and the function that takes them: names, so that a command's module is imported only when it is called
+COMMANDS: dict[str, tuple[str, str]] = {
+    "search": ("settings.SearchConfig", "methods.search.search"),
+    "compare": ("settings.CompareConfig", "measure.compare.compare"),
+    "merge": ("settings.MergeConfig", "artefacts.merge.merge"),
+    "export": ("settings.ExportConfig", "artefacts.export.export"),
+    "convert": ("settings.ConvertConfig", "checkpoints.convert.convert"),
+    "evaluate": ("settings.EvaluateConfig", "measure.evaluate.evaluate"),
+    "plot": ("settings.PlotConfig", "artefacts.plots.plot"),
+    "report": ("settings.ReportConfig", "artefacts.report.report"),
+    "publish": ("settings.PublishConfig", "artefacts.publish.publish"),
+    "cards": ("settings.CardsConfig", "artefacts.publish.cards"),
 }
 USAGE = (
     f"usage: python -m dssolver_search {{{','.join(COMMANDS)}}} [--config recipe.toml] [--key value ...]   "
@@ -43,18 +31,17 @@ USAGE = (
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command; a bad setting, file or model ends in one line on stderr and exit status 2, Ctrl-C in one line
+    """Run one command. A bad setting, file or model ends in one line on stderr and exit status 2, Ctrl-C in one line
     and exit status 130."""
     command, *rest = list(sys.argv[1:] if argv is None else argv) or [""]
     prog = f"dssolver_search {command}"
     if command not in COMMANDS:
         print(USAGE, file=sys.stderr)
         sys.exit(0 if command in ("-h", "--help") else 2)
-    config, module, function = COMMANDS[command]
+    settings, function = COMMANDS[command]
     try:
-        settings = parse(config, rest, prog)
-        run: Callable[[Any], None] = getattr(import_module(f".{module}", __package__), function)
-        run(settings)
+        given = parse(named(settings), rest, prog)
+        named(function)(given)
     except ValueError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -62,5 +49,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if os.environ.get("RANK", "0") == "0":
             print(f"\n{prog}: {interrupt or 'interrupted'}", file=sys.stderr, flush=True)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            os._exit(INTERRUPTED)  # the others may be gone, or wait: nothing more can be agreed with them
+            os._exit(INTERRUPTED)  # other processes may be gone or waiting: nothing more can be agreed with them
         sys.exit(INTERRUPTED)
+
+
+def named(path: str) -> Any:
+    """What a module of this package calls so, as in `artefacts.plots.plot`."""
+    module, _, name = path.rpartition(".")
+    return getattr(import_module(f".{module}", __package__), name)

@@ -15,12 +15,12 @@ INCEPTION_METRICS = {"frechet_distance": "FID", "kernel_distance": "KID"}
 
 
 def say(line: str) -> None:
-    """One line to the user, past any progress bar."""
+    """Print a line on stderr, above any progress bar."""
     tqdm.write(line, file=sys.stderr)
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, or else its name."""
+    """The message of an error on one line, or its name if it has none."""
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -66,10 +66,16 @@ def place(item: pytest.Item) -> int:
     return LONGEST.index(group) if group in LONGEST else len(LONGEST)
 
 
+@pytest.fixture
+def exact(monkeypatch):
+    """float64 where pipelines and networks ask for float32: times are embedded, guidance added up in it."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
     """Folder of a saved pipeline by family, tiny ones of random weights; to be read only."""
-    from tests.search.test_search import FAMILIES, make_pipe
+    from tests.families import FAMILIES, make_pipe
 
     folder = tmp_path_factory.mktemp("models")
     for family in FAMILIES:
@@ -81,3 +87,14 @@ def models(tmp_path_factory):
 def model(models):
     """That of the flow model."""
     return models["flow"]
+
+
+@pytest.fixture(scope="session")
+def results(models, tmp_path_factory):
+    """Folder of a finished closed-form search by family, to be read."""
+    from tests.searches import search
+
+    folder = tmp_path_factory.mktemp("results")
+    for family, model in models.items():
+        search(model, folder / family)
+    return {family: folder / family for family in models}

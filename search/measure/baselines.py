@@ -10,6 +10,7 @@ Align Your Steps: Sabour et al., arXiv 2404.14507.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,14 +20,13 @@ from diffusers.schedulers import AysSchedules
 
 from diffusers_dssolver.config import is_flow
 
-from ..pipeline.stock import configured
-
 Options = dict[str, Any]
 KARRAS: Options = {"use_karras_sigmas": True}
 EXPONENTIAL: Options = {"use_exponential_sigmas": True}
 LOG_SNR: Options = {"use_lu_lambdas": True}
 PLAIN: dict[str, Options] = {"": {}}
 UNIPC = {**PLAIN, "bh1": {"solver_type": "bh1"}, "order 3": {"solver_order": 3}}
+AS_FLOW: Options = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 ALIGNED = "Align Your Steps"
 STABLE_DIFFUSION = {
     "num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012
@@ -136,6 +136,15 @@ def family(model_config: Mapping[str, Any], names: Sequence[str]) -> dict[str, S
     if missing := [name for name in names if name not in known]:
         raise ValueError(f"scheduler {missing[0]!r} is unknown; known: {', '.join(known)}")
     return {name: known[name] for name in names}
+
+
+def configured(cls: Any, model_config: Mapping[str, Any], **options: Any) -> Any:
+    """A scheduler of this class for a model, by its scheduler's configuration; on a flow model those that serve vp
+    models too are told that it is one, and its shift. `options` go over both."""
+    if is_flow(model_config) and "use_flow_sigmas" in inspect.signature(cls.__init__).parameters:
+        shift = model_config.get("shift", model_config.get("flow_shift", 1.0))
+        options = {**AS_FLOW, "flow_shift": shift, **options}
+    return cls.from_config(model_config, **options)
 
 
 def runs(name: str, stock: Stock, nfe: int, model_config: Mapping[str, Any], pipe: Any, accepted: Any) -> Iterator[Run]:

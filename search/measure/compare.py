@@ -26,7 +26,7 @@ from ..images.networks import distance, load_feature_network
 from ..processes import launched
 from ..settings import CompareConfig
 from ..storage import Kept, kept, remove_partial_files, write_text
-from ..teacher.trajectories import model_itself
+from ..teacher.ends import model_itself
 from .baselines import Run
 from .lineup import LONG_WAIT, VERSIONS, Lineup, Sampled, Task, batches, share
 from .pictures import comparison_picture, error_curves, strip

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..console import one_line, say, told_end
 from ..settings import EvaluateConfig
 from ..storage import Kept, kept
-from ..teacher.trajectories import model_itself
+from ..teacher.ends import model_itself
 from .baselines import Run
 from .lineup import Lineup, batches
 

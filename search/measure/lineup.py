@@ -32,7 +32,7 @@ from ..pipeline.prompts import prompts_of
 from ..pipeline.sampler import Sampler
 from ..settings import CompareConfig, EvaluateConfig
 from ..storage import Kept, kept
-from ..teacher.trajectories import model_itself
+from ..teacher.ends import model_itself
 from .baselines import Run, family, runs
 from .pictures import as_uint8
 

@@ -1,134 +1,72 @@
-"""Gradient polish of a fitted solver: the pipeline's own call, differentiated, on the cached samples all at once.
+"""Gradient descent from a fitted solver: the pipeline's own call, differentiated, on all training samples at once.
 
 The objective over a full batch is smooth and has few parameters, so a quasi-Newton method with a line search is at
-home; Adam and Lion are there for objectives that are not. Whatever the optimiser does, the solver that is kept is the
-best on held-out samples, and the search ends when that has not moved for `PATIENCE` calls.
+home. Whatever it does, the solver that is kept is the best on held-out samples, and the descent ends when that has not
+moved for `PATIENCE` calls.
 
-Source: Nocedal and Wright, Numerical Optimization, ch. 7 (L-BFGS) and 3 (strong Wolfe line search); Kingma and Ba,
-arXiv 1412.6980 (Adam); Chen et al., arXiv 2302.06675 (Lion).
+Source: Nocedal and Wright, Numerical Optimization, ch. 7 (L-BFGS) and 3 (strong Wolfe line search).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 import torch
-from lion_pytorch import Lion
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 
-from ..pipeline.probe import run
-from ..teacher.trajectories import Reference
-from .closed_form import Candidate, ClosedForm, comparable
-from .objective import Loss
-from .parameters import CorrectionParameters
+from ..pipeline.plan import Plan
+from ..pipeline.student import Trajectory
+from ..settings import PERCEPTUAL, SearchConfig
+from .closed_form import closed_form
+from .gauss_newton import parametrised
+from .log import Log
+from .objective import OBJECTIVES, Loss
+from .parameters import Parametrisation, current
+from .perceptual import MOST_CALLS, Perceptual
+from .problem import Batch, Candidate, Problem, comparable
 
 HISTORY = 30  # of L-BFGS
-CLIP = 1.0  # norm of the gradient, first-order methods
-DECAY = 0.8  # of their running average of the parameters, which is what is judged
 PATIENCE = 15  # calls without a better held-out error
+BACKWARD = 3  # forward passes that a backward pass costs: two, and one more to compute the network calls again
 
 
 class NoProgress(Exception):
-    """Private: ends an optimiser from within its closure."""
+    """Private: ends the optimiser from within its closure."""
 
 
 class Descent:
     """One descent from one candidate.
 
     Args:
-        form: samples, references, pipeline, reduction over processes.
         candidate: a validated one.
         parameters: around it.
         loss: of a batch, a mean over its samples.
-        on_call: called with (training loss, best held-out error) after each evaluation of loss and gradient.
+        on_call: called with (training loss, the descent) after each evaluation of loss and gradient.
+
+    Attributes:
+        best: the candidate that is kept.
+        reached: its held-out error, the one that decides.
     """
 
     def __init__(
         self,
-        form: ClosedForm,
+        problem: Problem,
         candidate: Candidate,
-        parameters: CorrectionParameters,
+        parameters: Parametrisation,
         loss: Loss,
-        on_call: Callable[[float, float], object] = lambda loss, best: None,
+        on_call: Callable[[float, Any], object] = lambda loss, descent: None,
     ) -> None:
-        self.form, self.best, self.parameters = form, candidate, parameters
+        self.problem, self.best, self.parameters = problem, candidate, parameters
         self.loss, self.on_call = loss, on_call
-        self.reached, self.since_best = candidate.validation_mse, 0  # the held-out error that is kept lowest
-        indices, _ = form.train
-        self.samples = float(form.reduce(torch.tensor(float(len(indices)), dtype=torch.float64)))
+        self.reached, self.since_best = candidate.validation_mse, 0
+        self.samples = float(problem.reduce(torch.tensor(float(len(problem.train)), dtype=torch.float64)))
 
-    def run(self, optimizer: str, calls: int, learning_rate: float) -> Candidate:
+    def run(self, calls: int) -> Candidate:
         """The best candidate on held-out samples after at most so many evaluations of loss and gradient."""
-        try:
-            if optimizer == "lbfgs":
-                self._lbfgs(calls)
-            else:
-                self._first_order(optimizer, calls, learning_rate)
-        except NoProgress:
-            pass
-        return self.best
-
-    def value(self) -> float:
-        """The loss over every process's samples; its gradient is put into the parameters, the same in each."""
-        for p in self.parameters.parameters():
-            p.grad = None
-        total = torch.zeros((), dtype=torch.float64)
-        for batch in self.form.batches(self.form.train):
-            loss = self._batch_loss(*batch) * len(batch[0]) / self.samples
-            loss.backward()
-            total += loss.detach().double().cpu()
-        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters.parameters()]
-        summed = self.form.reduce(torch.cat([*(g.flatten() for g in grads), total[None]]))
-        at = 0
-        for p in self.parameters.parameters():
-            p.grad = summed[at : at + p.numel()].view_as(p).clone()
-            at += p.numel()
-        return float(summed[-1])
-
-    def _batch_loss(self, indices: Sequence[int], reference: Reference) -> Tensor:
-        with self._prepared():
-            states = run(self.form.sampler, self.form.probe, indices, "train", self.parameters.nfe)
-        angles = self.form.probe.angle(self.form.probe.final_nodes(self.parameters.nodes()))
-        wanted = [reference.at(angle).to(states[0].device) for angle in angles]
-        return self.loss([s[: len(indices)] for s in states], wanted)
-
-    @contextmanager
-    def _prepared(self, decode: bool = False) -> Iterator[None]:
-        """The probe prepared for one run of the parameters' solver, whose backward pass is counted too."""
-        form = self.form
-        numbers = self.parameters.nodes(), self.parameters.rows()
-        form.probe.prepare(*numbers, offsets=self.parameters.offsets(), decode=decode)
-        before = form.sampler.network_evaluations
-        yield
-        backward = 3 if form.probe.checkpointed else 2  # it counts two, and one more if it computes all again
-        form.sampler.network_evaluations += backward * (form.sampler.network_evaluations - before)
-
-    def _held_out(self, raw: Tensor, rows: Sequence[Sequence[float]], offsets: Tensor | None) -> tuple[float, float]:
-        """(error by which the best is kept, final-state mse) of these numbers on held-out samples."""
-        error = self.form.mean_square(self.form.errors("validation", raw, rows, offsets=offsets))
-        return error, error
-
-    def judge(self, loss: float) -> None:
-        """Keep the solver of the parameters as they are if it is the best on held-out samples."""
-        raw, rows, offsets = self.parameters.numbers()
-        self.since_best += 1
-        try:
-            error, mse = self._held_out(raw, rows, offsets)
-            if math.isfinite(error) and comparable(error) < comparable(self.reached):
-                spec = self.form.probe.spec()
-                self.best = replace(self.best, raw=raw, spec=spec, offsets=offsets, validation_mse=mse)
-                self.reached, self.since_best = error, 0
-        except ValueError:
-            pass  # nodes or times that no longer fall: too long a step
-        self.on_call(loss, self.reached)
-        if self.since_best >= PATIENCE or not math.isfinite(loss):
-            raise NoProgress
-
-    def _lbfgs(self, calls: int) -> None:
         method = torch.optim.LBFGS(
             self.parameters.parameters(),
             max_iter=calls,
@@ -147,21 +85,124 @@ class Descent:
                 p.grad = None if p.grad is None else p.grad * scale
             return loss * scale
 
-        method.step(closure)
+        with suppress(NoProgress):
+            method.step(closure)
+        return self.best
 
-    def _first_order(self, optimizer: str, calls: int, learning_rate: float) -> None:
-        tensors = list(self.parameters.parameters())
-        make = {"adam": torch.optim.Adam, "lion": Lion}[optimizer]
-        method = make(tensors, lr=learning_rate)
-        decay = torch.optim.lr_scheduler.CosineAnnealingLR(method, calls)
-        mean = parameters_to_vector(tensors).detach()
-        for _ in range(calls):
-            loss = self.value()
-            clip_grad_norm_(tensors, CLIP)
-            method.step()
-            decay.step()
-            now = parameters_to_vector(tensors).detach()
-            mean = torch.lerp(now, mean, DECAY)
-            vector_to_parameters(mean, tensors)
-            self.judge(loss)
-            vector_to_parameters(now, tensors)
+    def value(self) -> float:
+        """The loss over every process's samples; its gradient is put into the parameters, the same in each."""
+        for p in self.parameters.parameters():
+            p.grad = None
+        total = torch.zeros((), dtype=torch.float64)
+        for batch in self.problem.batches(self.problem.train):
+            loss = self._batch_loss(batch) * len(batch) / self.samples
+            loss.backward()
+            total += loss.detach().double().cpu()
+        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters.parameters()]
+        summed = self.problem.reduce(torch.cat([*(g.flatten() for g in grads), total[None]]))
+        at = 0
+        for p in self.parameters.parameters():
+            p.grad = summed[at : at + p.numel()].view_as(p).clone()
+            at += p.numel()
+        return float(summed[-1])
+
+    def judge(self, loss: float) -> None:
+        """Keep the solver of the parameters as they are if it is the best on held-out samples."""
+        plan = current(self.parameters)
+        self.since_best += 1
+        try:
+            error, mse = self._held_out(plan)
+            if math.isfinite(error) and comparable(error) < comparable(self.reached):
+                spec = self.problem.student.spec(plan)
+                self.best = replace(self.best, plan=plan, spec=spec, validation_mse=mse)
+                self.reached, self.since_best = error, 0
+        except ValueError:
+            pass  # nodes or times that no longer fall: too long a step
+        self.on_call(loss, self)
+        if self.since_best >= PATIENCE or not math.isfinite(loss):
+            raise NoProgress
+
+    def _batch_loss(self, batch: Batch) -> Tensor:
+        run = self._counted(lambda: batch.run(self.parameters.plan()))
+        angles = self.problem.student.path.angle(run.nodes)
+        return self.loss(run.states, [batch.teacher.at(angle).to(run.final.device) for angle in angles])
+
+    def _counted(self, run: Callable[[], Trajectory]) -> Trajectory:
+        """A run whose backward pass is counted too."""
+        sampler = self.problem.student.sampler
+        before = sampler.network_evaluations
+        made = run()
+        sampler.network_evaluations += BACKWARD * (sampler.network_evaluations - before)
+        return made
+
+    def _held_out(self, plan: Plan) -> tuple[float, float]:
+        """(error by which the best is kept, final-state mse) on held-out samples."""
+        error = self.problem.score(plan)
+        return error, error
+
+
+class PerceptualDescent(Descent):
+    """A descent in the perceptual loss, which also decides on held-out samples.
+
+    Args:
+        perceptual: has seen the training and validation samples of the problem.
+
+    Attributes:
+        before: held-out perceptual loss of the candidate.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        candidate: Candidate,
+        parameters: Parametrisation,
+        perceptual: Perceptual,
+        on_call: Callable[[float, Any], object] = lambda loss, descent: None,
+    ) -> None:
+        super().__init__(problem, candidate, parameters, OBJECTIVES["terminal"], on_call)
+        self.perceptual = perceptual
+        self.before, _ = perceptual.held_out(problem, candidate.plan)
+        self.reached = self.before if math.isfinite(self.before) else math.inf
+
+    def _batch_loss(self, batch: Batch) -> Tensor:
+        run = self._counted(
+            lambda: self.perceptual.run(self.parameters.plan(), batch.samples.indices, batch.samples.split)
+        )
+        return self.perceptual.loss(run.output, batch.samples)
+
+    def _held_out(self, plan: Plan) -> tuple[float, float]:
+        return self.perceptual.held_out(self.problem, plan)
+
+
+def gradient(problem: Problem, nfe: int, settings: SearchConfig, log: Log) -> Candidate:
+    """The method: the closed form, then a descent of the groups that get gradients."""
+    found = closed_form(problem, nfe, settings, log)
+    parameters = parametrised(problem, found, [g for g in settings.search_over if g in problem.differentiable])
+    figures: dict[str, float] = {}
+    if not parameters.count:
+        log.stage("gradient", found)
+        return found
+    perceptual = problem.perceptual if nfe <= MOST_CALLS else None
+    if settings.objective == PERCEPTUAL and not perceptual:
+        log.say(f"objective {PERCEPTUAL} is for up to {MOST_CALLS} calls; terminal takes its place at {nfe}")
+    with log.progress(f"gradient, {nfe} calls", "call", settings.gradient_calls) as advance:
+
+        def on_call(loss: float, descent: Descent) -> None:
+            advance(loss=f"{loss:.4g}", best=f"{descent.reached:.3g}")
+            named = {"best_validation_perceptual": descent.reached} if perceptual else {}
+            log.call(nfe=nfe, loss=loss, **named, best_validation_mse=descent.best.validation_mse)
+
+        if perceptual:
+            descent: Descent = PerceptualDescent(problem, found, parameters, perceptual, on_call)
+        else:
+            loss = OBJECTIVES["terminal" if settings.objective == PERCEPTUAL else settings.objective]
+            descent = Descent(problem, found, parameters, loss, on_call)
+        better = descent.run(settings.gradient_calls)
+    if isinstance(descent, PerceptualDescent):
+        log.say(
+            f"held out at {nfe} calls: perceptual loss {descent.before:.4g} -> {descent.reached:.4g}, final-state "
+            f"mse {found.validation_mse:.4g} -> {better.validation_mse:.4g}"
+        )
+        figures = {"validation_perceptual": descent.reached, "validation_perceptual_before": descent.before}
+    log.stage("gradient", better, **figures)
+    return better

@@ -1,27 +1,42 @@
-"""Numbers that are searched -> nodes and coefficients."""
+"""Numbers that are searched -> a solver. A new parametrisation is a class with the protocol's members in a file of its
+own, and an entry of `PARAMETRISATIONS`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ..pipeline.plan import Plan, nodes_from_logits
 from ..settings import GROUPS
 
+Slopes = Callable[[Tensor], Tensor]
 
-def nodes_from_logits(logits: Tensor) -> Tensor:
-    """(N,) float64 -> (N+1,) nodes from exactly 1 to exactly 0 whose step sizes are softmax(logits); differentiable.
 
-    Paper: Alg. 1, arXiv 2505.21114.
-    """
-    falling = 1 - torch.cumsum(torch.softmax(logits, 0), 0)
-    return torch.cat([torch.ones(1, dtype=torch.float64), falling[:-1], torch.zeros(1, dtype=torch.float64)])
+class Parametrisation(Protocol):
+    """Free numbers around a solver."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The tensors that an optimiser moves, float64; all 0 give the solver that the search starts from."""
+
+    def plan(self) -> Plan:
+        """The solver of the numbers as they are, with their graph."""
+
+    @property
+    def count(self) -> int:
+        """How many numbers there are."""
+
+    @property
+    def shared_calls(self) -> list[int]:
+        """By number, in the order of `parameters()`: how many first network calls do not depend on it."""
 
 
 class PaperParameters(nn.Module):
-    """The paper's free parameters: step sizes softmax(r) with r = 1, and c_ij (j < i) from 0, which is Euler or DDIM;
-    the diagonal is 1 - sum_j<i c_ij. For N <= 6 the last two steps use only the output before them.
+    """The paper's free numbers: step sizes softmax(r) with r = 1, and c_ij (j < i) from 0, which is Euler or DDIM; the
+    diagonal is 1 - sum_j<i c_ij. For N <= 6 the last two steps use only the output before them.
 
     Paper: Alg. 1 and Sec. 5, arXiv 2505.21114.
     """
@@ -38,52 +53,39 @@ class PaperParameters(nn.Module):
         self.register_buffer("free", free, persistent=False)
         self.free: Tensor
 
-    def nodes(self) -> Tensor:
-        """(N+1,) from 1 to 0, before any resolution shift."""
-        return nodes_from_logits(self.r)
-
-    def rows(self) -> list[list[Tensor]]:
-        """N rows of 0-dim tensors, each summing to 1."""
+    def plan(self) -> Plan:
+        """Rows of 0-dim tensors, each summing to 1."""
         c = torch.where(self.free, self.c, 0.0)
-        return [[*c[i, :i].unbind(), 1 - c[i, :i].sum()] for i in range(self.nfe)]
+        rows = [[*c[i, :i].unbind(), 1 - c[i, :i].sum()] for i in range(self.nfe)]
+        return Plan(nodes_from_logits(self.r), rows)
 
     @property
     def count(self) -> int:
-        """Numbers that are searched: N + N(N-1)/2, fewer for N <= 6."""
+        """N + N(N-1)/2, fewer for N <= 6."""
         return self.nfe + int(self.free.sum())
 
 
 class CorrectionParameters(nn.Module):
     """Classical second-order rows of the nodes as they are now, plus corrections that sum to 0 and do not move with
-    them; around one solver, whose numbers are the origin: every parameter starts at 0.
+    them. They stand around one solver: every parameter starts at 0.
 
     Args:
-        raw: its nodes before any resolution shift, (N+1,) float64 from 1 to 0.
-        rows: its N rows.
-        slopes: nodes like `raw` -> (N,) weights s_i: the classical row is (.., -s_i, 1 + s_i); differentiable.
-        offsets: (N,) what the network is fed in place of each node, minus that node; None: 0.
-        free: which of `GROUPS` are parameters: step sizes, corrections, offsets.
+        start: that solver: nodes, all rows, offsets.
+        slopes: unshifted nodes (N+1,) -> (N,) weights s_i: the classical row is (.., -s_i, 1 + s_i); differentiable.
+        free: which of `GROUPS` are parameters: step sizes, corrections, offsets of model times.
 
     Source: corrections of classical coefficients: GS, ICLR 2026; decoupled network times: LD3, arXiv 2405.15506.
     """
 
     OFFSET_SCALE = 0.1  # one unit of an offset parameter, as a difference of nodes
 
-    def __init__(
-        self,
-        raw: Tensor,
-        rows: Sequence[Sequence[float]],
-        slopes: Callable[[Tensor], Tensor],
-        offsets: Tensor | None = None,
-        free: Collection[str] = GROUPS,
-    ) -> None:
+    def __init__(self, start: Plan, slopes: Slopes, free: Collection[str] = GROUPS) -> None:
         super().__init__()
-        self.nfe = n = len(rows)
-        self.slopes = slopes
-        self.origin = torch.log(raw[:-1] - raw[1:])
-        self.fed = offsets
-        started = [torch.tensor(list(row), dtype=torch.float64) for row in rows]
-        self.learned = [row - base for row, base in zip(started, self._classical(raw), strict=True)]
+        self.start, self.slopes = start, slopes
+        self.nfe = n = start.nfe
+        self.origin = torch.log(start.unshifted_nodes[:-1] - start.unshifted_nodes[1:])
+        rows = [torch.tensor([float(weight) for weight in row], dtype=torch.float64) for row in start.rows or ()]
+        self.learned = [row - base for row, base in zip(rows, self._classical(start.unshifted_nodes), strict=True)]
         for group, count in zip(GROUPS, (n - 1, n * (n - 1) // 2, n), strict=True):
             zeros = torch.zeros(count, dtype=torch.float64)
             if group in free:
@@ -94,40 +96,37 @@ class CorrectionParameters(nn.Module):
         self.free_coefficients: Tensor
         self.free_times: Tensor
 
-    def nodes(self) -> Tensor:
-        """(N+1,) from 1 to 0, before any resolution shift."""
+    def plan(self) -> Plan:
+        return Plan(self._nodes(), self._rows(), self._offsets())
+
+    def _nodes(self) -> Tensor:
+        """(N+1,) unshifted."""
         return nodes_from_logits(self.origin + torch.cat([self.free_nodes, self.free_nodes.new_zeros(1)]))
 
-    def rows(self) -> list[list[Tensor]]:
+    def _rows(self) -> list[list[Tensor]]:
         """N rows of 0-dim tensors, each summing to 1."""
         rows = []
         parts = torch.split(self.free_coefficients, list(range(self.nfe)))
-        for base, learned, part in zip(self._classical(self.nodes()), self.learned, parts, strict=True):
+        for base, learned, part in zip(self._classical(self._nodes()), self.learned, parts, strict=True):
             rows.append(list((base + learned + torch.cat([part, -part.sum()[None]])).unbind()))
         return rows
 
-    def offsets(self) -> Tensor | None:
-        """(N,), None if they are 0 for good; a positive parameter is a lower time: the first node cannot be fed a
+    def _offsets(self) -> Tensor | None:
+        """(N,); None where they are 0 for good. A positive parameter is a lower time: the first node cannot be given a
         noisier one."""
-        if self.fed is None and not self.free_times.requires_grad:
+        if self.start.offsets is None and not isinstance(self.free_times, nn.Parameter):
             return None
         moved = -self.OFFSET_SCALE * self.free_times
-        return moved if self.fed is None else self.fed + moved
-
-    def numbers(self) -> tuple[Tensor, list[list[float]], Tensor | None]:
-        """Nodes, rows and offsets as they are, without a graph."""
-        with torch.no_grad():
-            return self.nodes(), [[float(w) for w in row] for row in self.rows()], self.offsets()
+        return moved if self.start.offsets is None else self.start.offsets + moved
 
     @property
     def count(self) -> int:
-        """Numbers that are searched."""
         return sum(p.numel() for p in self.parameters())
 
     @property
-    def unchanged(self) -> list[int]:
-        """By number, in the order of `parameters()`: how many first network calls do not depend on it. Step sizes move
-        all nodes but the first, a correction of row i what comes after step i, a time its own call."""
+    def shared_calls(self) -> list[int]:
+        """Step sizes move all nodes but the first, a correction of row i what comes after step i, a time its own
+        call."""
         counts = {
             "nodes": [1] * (self.nfe - 1),
             "coefficients": [i + 1 for i in range(self.nfe) for _ in range(i)],
@@ -135,9 +134,21 @@ class CorrectionParameters(nn.Module):
         }
         return [n for name, _ in self.named_parameters() for n in counts[name.removeprefix("free_")]]
 
-    def _classical(self, raw: Tensor) -> list[Tensor]:
+    def _classical(self, unshifted_nodes: Tensor) -> list[Tensor]:
         one = torch.ones(1, dtype=torch.float64)
         rows = [one]
-        for i, slope in enumerate(self.slopes(raw)[1:], start=1):
+        for i, slope in enumerate(self.slopes(unshifted_nodes)[1:], start=1):
             rows.append(torch.cat([torch.zeros(i - 1, dtype=torch.float64), -slope[None], one + slope]))
         return rows
+
+
+def current(parameters: Parametrisation | PaperParameters) -> Plan:
+    """The solver of the numbers as they are, without a graph."""
+    with torch.no_grad():
+        return parameters.plan().detached()
+
+
+# by name: (solver to start from, its classical slopes, free groups) -> numbers around it
+PARAMETRISATIONS: dict[str, Callable[[Plan, Slopes, Collection[str]], Parametrisation]] = {
+    "corrections": CorrectionParameters,
+}

@@ -1,9 +1,9 @@
 """What a search can do with a pipeline, tried out on the pipeline itself before anything is spent.
 
-Each group of a solver's numbers (coefficients, what the network is fed for each node, nodes) is moved along a random
-direction v. D = (x(h v) - x(-h v)) / 2h are central differences of the final states x, and for a cotangent w,
-normalised D of one size h, <w, dx/dv> by autograd must be <w, D>. Zero beside a non-zero difference is the signature
-of a pipeline that takes its time out of the graph. No list of pipelines: whatever runs is measured.
+Each group of a solver's numbers (coefficients, model times, nodes) is moved along a random direction v. With central
+differences D = (x(h v) - x(-h v)) / 2h of the final states x and a cotangent w, which is D of one size h scaled to unit
+length, <w, dx/dv> by autograd must be <w, D>. Zero beside a non-zero difference is the signature of a pipeline that
+takes its time out of the graph. No list of pipelines: whatever runs is measured.
 """
 
 from __future__ import annotations
@@ -20,11 +20,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
 from ..console import one_line
-from ..pipeline.probe import ProbeScheduler, run
-from ..pipeline.replay import uncounted
-from ..pipeline.sampler import Sampler
+from ..pipeline.plan import Plan, nodes_from_logits
+from ..pipeline.student import Student, Trajectory
 from ..settings import GROUPS
-from .parameters import nodes_from_logits
 
 VERDICTS = ("full", "coefficients", "forward_only")
 SPLIT = "preflight"  # its noise is no other split's
@@ -35,7 +33,7 @@ REPEATED = 1e-2  # relative change of a run that is made again: no more than the
 
 @dataclass(frozen=True)
 class Precision:
-    """How finely differences can be taken: sizes h, largest first, and how far the best of them may be off."""
+    """How finely differences can be taken: sizes h, largest first, and the relative error allowed to the best."""
 
     sizes: tuple[float, ...]
     tolerance: float
@@ -58,9 +56,10 @@ class Preflight:
         calls_per_step: of the denoiser.
         guidance: "none", "one call" (of a larger batch), "two calls", or how many.
         evaluations_per_sample: by the denoiser in one step, guidance included.
-        agreement: by group (`GROUPS`), slope by autograd and by differences; empty where gradients were not tried.
-        weight_bytes, activation_bytes, state_bytes: of all networks; of one sample in one denoiser call that is
-            differentiated; of one sample and step of a run with gradients whose denoiser is recomputed.
+        agreement: slopes by autograd and by differences of each group; empty where gradients were not tried.
+        weight_bytes: of all networks.
+        activation_bytes: of one sample in one denoiser call that is differentiated.
+        state_bytes: of one sample and step of a run with gradients whose denoiser is recomputed.
         verdict: "full", "coefficients" (nodes and times stay fixed) or "forward_only" (closed form needs no more).
         reason: why not "full"; empty there.
     """
@@ -75,6 +74,11 @@ class Preflight:
     state_bytes: int
     verdict: str
     reason: str
+
+    @property
+    def differentiable(self) -> tuple[str, ...]:
+        """The groups that get gradients."""
+        return {"full": GROUPS, "coefficients": ("coefficients",), "forward_only": ()}[self.verdict]
 
     def gradient_bytes(self, nfe: int, samples: int) -> int:
         """Estimated peak of one gradient step: the networks, one differentiated call, and nfe steps' states."""
@@ -98,9 +102,7 @@ class Preflight:
         return ". ".join(s for s in sentences if s) + "."
 
 
-def preflight(
-    sampler: Sampler, probe: ProbeScheduler, nfe: int = STEPS, samples: int = 2, gradients: bool = True
-) -> Preflight:
+def preflight(student: Student, nfe: int = STEPS, samples: int = 2, gradients: bool = True) -> Preflight:
     """Run the pipeline on a few samples of its own, forwards and, if asked, with gradients.
 
     Args:
@@ -114,8 +116,8 @@ def preflight(
     """
     if nfe < 2 or samples < 1:
         raise ValueError(f"nfe is {nfe} and samples {samples}; 2 and 1 are the least")
-    with uncounted(sampler):
-        trial = _Trial(sampler, probe, nfe, samples)
+    with student.sampler.uncounted():
+        trial = _Trial(student, nfe, samples)
         found = trial.forwards()
         if not gradients:
             return Preflight(**found, **_verdict({}, {"": "gradients were not tried"}))
@@ -128,14 +130,15 @@ class _Trial:
     """The runs of one preflight: around a solver near the classical one, with all of its numbers in general position.
 
     A group moves by amount * its direction, whose entries lie in [-1, 1]: weights by that much with each row's sum
-    kept, logits of step sizes by that much, and what the network is fed by a tenth of the step, never past a node.
+    kept, logits of step sizes by that much, and model times by a tenth of the step, never past a node.
+
+    Attributes:
+        dtype, size: of the final states of the last run, and their root mean square.
     """
 
-    def __init__(self, sampler: Sampler, probe: ProbeScheduler, nfe: int, samples: int) -> None:
-        self.sampler, self.probe, self.nfe, self.samples = sampler, probe, nfe, samples
-        self.name = type(sampler.pipe).__name__
-        every = max(len(sampler.guidance_scales), 1)
-        self.indices = range(0, samples * every, every)  # of one guidance
+    def __init__(self, student: Student, nfe: int, samples: int) -> None:
+        self.student, self.sampler, self.nfe, self.samples = student, student.sampler, nfe, samples
+        self.dtype, self.size = torch.float32, 0.0
         generator = torch.Generator().manual_seed(0)
 
         def random(*shape: int) -> Tensor:
@@ -146,8 +149,8 @@ class _Trial:
         self.rows = torch.eye(nfe, dtype=torch.float64)
         self.tenths = torch.zeros(nfe, dtype=torch.float64)
 
-    def run(self, group: str = "", amount: float | Tensor = 0.0, nfe: int | None = None) -> Tensor:
-        """Final states (samples, ...) with one group moved."""
+    def plan(self, group: str = "", amount: float | Tensor = 0.0, nfe: int | None = None) -> Plan:
+        """The solver with one group moved; of its first `nfe` steps alone, if given."""
         nfe = nfe or self.nfe
         by = {g: amount if g == group else 0.0 for g in GROUPS}
         change = by["coefficients"] * self.directions["coefficients"]
@@ -155,32 +158,41 @@ class _Trial:
         logits = self.logits + by["nodes"] * self.directions["nodes"]
         tenths = self.tenths * (1 - by["times"] * self.directions["times"])
         weights = [[w if isinstance(amount, Tensor) else w.item() for w in row[: i + 1]] for i, row in enumerate(rows)]
-        self.probe.prepare(nodes_from_logits(logits[:nfe]), weights[:nfe], offsets=-tenths[:nfe])
-        return run(self.sampler, self.probe, self.indices, SPLIT, nfe)[-1][: self.samples]
+        return Plan(nodes_from_logits(logits[:nfe]), weights[:nfe], -tenths[:nfe])
+
+    def run(self, plan: Plan, **options: Any) -> Trajectory:
+        made = self.student.run(plan, range(self.samples), SPLIT, **options)
+        self.dtype, self.size = made.final.dtype, float(made.final.detach().double().square().mean().sqrt())
+        return made
+
+    def final(self, group: str = "", amount: float | Tensor = 0.0) -> Tensor:
+        """Final states (samples, ...) with one group moved."""
+        return self.run(self.plan(group, amount)).final
 
     def forwards(self) -> dict[str, Any]:
-        """Counts of calls; the base solver is made here, where a resolution shift is known."""
+        """Counts of calls; makes the base solver, once a resolution shift is known."""
         first = self._refusing()
         per_step = self.sampler.network_calls / self.nfe
         evaluations = self.sampler.network_evaluations / self.nfe / self.samples
         if not torch.isfinite(first).all():
-            raise ValueError(f"{self.name} gives values that are not finite; try it with another dtype or guidance")
+            raise ValueError(
+                f"{self.student.name} gives values that are not finite; try it with another dtype or guidance"
+            )
         change = (self._refusing() - first).double().norm() / first.double().norm()
         if change > REPEATED:
             raise ValueError(
-                f"{self.name} gives another result each time (relative change {change:.2g}): it draws noise without "
-                "the generators that it is given, so no reference belongs to a sample"
+                f"{self.student.name} gives another result each time (relative change {change:.2g}): it draws noise "
+                "without the generators that it is given, so no reference belongs to a sample"
             )
-        nodes = self.probe.final_nodes(nodes_from_logits(self.logits))
+        classical = Plan(nodes_from_logits(self.logits))
+        nodes = self.student.nodes(classical.unshifted_nodes)
         self.tenths = 0.1 * (nodes[:-1] - nodes[1:])
-        self.probe.prepare(nodes_from_logits(self.logits))
-        run(self.sampler, self.probe, self.indices, SPLIT, self.nfe)
-        for i, row in enumerate(self.probe.spec().coefficients):
+        for i, row in enumerate(self.student.spec(classical).coefficients):
             self.rows[i, : i + 1] = torch.tensor(row, dtype=torch.float64)
         networks = [m for m in self.sampler.pipe.components.values() if isinstance(m, torch.nn.Module)]
         weights = {p.data_ptr(): p.nbytes for m in networks for p in m.parameters()}
         return {
-            "pipeline": self.name,
+            "pipeline": self.student.name,
             "calls_per_step": per_step,
             "guidance": _guidance(per_step, evaluations),
             "evaluations_per_sample": evaluations,
@@ -191,11 +203,11 @@ class _Trial:
 
     def _refusing(self) -> Tensor:
         try:
-            return self.run()
+            return self.final()
         except Exception as error:  # whatever a pipeline raises
-            if isinstance(error, ValueError) and self.name in str(error):
+            if isinstance(error, ValueError) and self.student.name in str(error):
                 raise
-            raise ValueError(f"{self.name} cannot be run: {one_line(error)}") from error
+            raise ValueError(f"{self.student.name} cannot be run: {one_line(error)}") from error
 
     def gradients(self) -> tuple[dict[str, tuple[float, float]], dict[str, str]]:
         """By group: slopes by autograd and by the difference nearest to it; what is wrong with them, if anything."""
@@ -221,71 +233,63 @@ class _Trial:
 
     def _precision(self) -> Precision:
         """That of the coarsest dtype on the way."""
-        dtypes = {p.dtype for m in self.sampler.denoisers for p in m.parameters()} | {self.probe.states[-1].dtype}
+        dtypes = {p.dtype for m in self.sampler.denoisers for p in m.parameters()} | {self.dtype}
         known = [PRECISIONS[d] for d in dtypes if d in PRECISIONS]
         return max(known, key=lambda p: p.tolerance, default=PRECISIONS[torch.float32])
 
     def _noise(self) -> float:
         """What rounding makes of a slope by differences, where the effect itself is next to nothing."""
-        final = self.probe.states[-1].detach()
-        return (
-            ROUNDINGS
-            * torch.finfo(final.dtype).eps
-            * float(final.double().square().mean().sqrt())
-            / self._precision().sizes[0]
-        )
+        return ROUNDINGS * torch.finfo(self.dtype).eps * self.size / self._precision().sizes[0]
 
     def _differences(self, group: str) -> list[Tensor]:
         sizes = self._precision().sizes
-        return [(self.run(group, h).double() - self.run(group, -h).double()) / (2 * h) for h in sizes]
+        return [(self.final(group, h).double() - self.final(group, -h).double()) / (2 * h) for h in sizes]
 
     def _slope(self, group: str, w: Tensor) -> float:
         """<w, dx/d amount> by autograd."""
         amount = torch.zeros((), dtype=torch.float64, requires_grad=True)
-        final = self.run(group, amount)
+        final = self.final(group, amount)
         if not final.requires_grad:
             return 0.0
         (slope,) = torch.autograd.grad((final.double() * w).sum(), amount, allow_unused=True)
         return 0.0 if slope is None else slope.item()
 
     def bytes(self) -> dict[str, int]:
-        """What autograd keeps, of one sample. Nothing is kept while it is counted, so that this needs no more memory
-        than a run without gradients."""
-        amount = torch.zeros((), dtype=torch.float64, requires_grad=True)
-        weights = {StorageWeakRef(p.untyped_storage()) for m in self.sampler.timed.values() for p in m.parameters()}
-
-        def count(checkpointed: bool) -> list[int]:
-            """Bytes by step."""
-            kept: list[dict[StorageWeakRef, int]] = [{}, {}]
-
-            def keep(tensor: Tensor) -> None:
-                storage = StorageWeakRef(tensor.untyped_storage())  # known apart even when its memory is used again
-                if storage not in weights:
-                    kept[min(self.probe.step_index or 0, 1)][storage] = tensor.untyped_storage().nbytes()
-
-            def inputs(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-                for leaf in pytree.tree_leaves((args, kwargs)):
-                    if isinstance(leaf, Tensor) and leaf.requires_grad:
-                        keep(leaf)
-
-            hooks = [m.register_forward_pre_hook(inputs, with_kwargs=True) for m in self.sampler.timed.values()]
-            self.probe.checkpointed, before = checkpointed, self.probe.checkpointed
-            try:
-                with saved_tensors_hooks(keep, lambda nothing: nothing):
-                    self.run("nodes", amount, nfe=2)
-            finally:
-                self.probe.checkpointed = before
-                for hook in hooks:
-                    hook.remove()
-            return [sum(sizes.values()) for sizes in kept]
-
-        calls = max(self.sampler.network_calls, 1)
-        all_kept = max(count(checkpointed=False))
-        calls = (self.sampler.network_calls - calls) / 2
+        """What autograd keeps, of one sample."""
+        before = self.sampler.network_calls
+        all_kept = self._kept(recompute=False)
+        calls = (self.sampler.network_calls - before) / 2
         return {
             "activation_bytes": round(all_kept / max(calls, 1) / self.samples),
-            "state_bytes": round(max(count(checkpointed=True)) / self.samples),
+            "state_bytes": round(self._kept(recompute=True) / self.samples),
         }
+
+    def _kept(self, recompute: bool) -> int:
+        """Bytes that autograd keeps of a step of two; of the larger one. Nothing is kept while it is counted, so that
+        this needs no more memory than a run without gradients."""
+        amount = torch.zeros((), dtype=torch.float64, requires_grad=True)
+        networks, scheduler = self.sampler.timed.values(), self.student.scheduler
+        weights = {StorageWeakRef(p.untyped_storage()) for m in networks for p in m.parameters()}
+        kept: list[dict[StorageWeakRef, int]] = [{}, {}]
+
+        def keep(tensor: Tensor) -> None:
+            storage = StorageWeakRef(tensor.untyped_storage())  # known apart even when its memory is used again
+            if storage not in weights:
+                kept[min(scheduler.step_index or 0, 1)][storage] = tensor.untyped_storage().nbytes()
+
+        def inputs(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            for leaf in pytree.tree_leaves((args, kwargs)):
+                if isinstance(leaf, Tensor) and leaf.requires_grad:
+                    keep(leaf)
+
+        hooks = [m.register_forward_pre_hook(inputs, with_kwargs=True) for m in networks]
+        try:
+            with saved_tensors_hooks(keep, lambda nothing: nothing):
+                self.run(self.plan("nodes", amount, nfe=2), recompute=recompute)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return max(sum(sizes.values()) for sizes in kept)
 
 
 def _verdict(agreement: Mapping[str, tuple[float, float]], failures: Mapping[str, str]) -> dict[str, Any]:

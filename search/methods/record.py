@@ -1,62 +1,208 @@
-"""What a search keeps in its folder."""
+"""The folder of a search: complete for `DSSolverScheduler.from_pretrained` after every step count, and resumable.
+
+A search killed at any moment goes on to the same solver as an undisturbed one, to the bit on the same machine with the
+same number of threads and processes.
+
+    scheduler_config.json         the solvers and their provenance
+    search_state.json             what is known, with a checksum; search_state.previous.json: the one before
+    trials.jsonl                  fits of the step count that is being searched
+    metrics.jsonl                 progress, for people
+    cache/                        the teacher's trajectories
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+from diffusers_dssolver import DSSolverScheduler
+from diffusers_dssolver.card import without_paths
 
 from ..console import say
 from ..processes import from_main
-from ..storage import Damaged, from_line, to_line, write_text
+from ..storage import Damaged, read_record, remove_partial_files, write_record, write_text
+from .fill import SOLVER_KEYS, Entry, solver_of
+from .journal import SearchLog
+from .setup import Setup
+
+SCHEDULER, STATE, PREVIOUS = "scheduler_config.json", "search_state.json", "search_state.previous.json"
+# of a solver that the pipeline already had
+OWN_KEYS = (
+    "solvers", "guidance_solvers", "guidance_scale", "provenance", "strict", "history_length", "searched_shift",
+    "interpolate_corrections",
+)  # fmt: skip
+# of each entry, in the provenance
+RECORDED = (
+    "kind", "source", "validation_mse", "classical_mse", "rejected", "warp", "ridge", "parameters", "stages"
+)  # fmt: skip
 
 
-class Journal:
-    """Results of tasks on disk, one line each as soon as it is known, so that a resumed run need not do them again.
+class Record:
+    """What one search knows and keeps. Every process has one; the main process reads and writes.
 
-    Lines are appended: a killed process leaves at most the last one torn, and that one is left out.
+    Attributes:
+        state: plain data: `key`, `network_evaluations`, `solvers` by step count (text), `teacher`, `searched_shift`.
+        log: progress, and finished fits.
 
-    Args:
-        file: JSON lines; written by the main process, read by it and sent to the others.
-        key: of the run; lines with another key are not its own.
+    Raises:
+        ValueError: the folder holds something else; nothing was written.
     """
 
-    def __init__(self, file: Path, key: str, accelerator: Accelerator) -> None:
-        self.file, self.key, self.writes = file, key, accelerator.is_main_process
-        self._known: dict[str, Any] = from_main(accelerator, self._read() if self.writes else {})
+    def __init__(self, setup: Setup) -> None:
+        self.setup, self.folder = setup, setup.folder
+        found = from_main(setup.accelerator, self._found() if setup.main else {})
+        if "error" in found:
+            raise ValueError(found["error"])
+        self.state: dict[str, Any] = found
+        parts = [*self.state["solvers"].values(), self.state.get("teacher", {})]
+        known = sum(part.get("network_evaluations", 0) for part in parts)
+        setup.add_evaluations(known + self.state.get("derived_network_evaluations", 0))  # of earlier versions
+        self.log = SearchLog(setup)
 
-    def _read(self) -> dict[str, Any]:
-        if not self.file.exists():
-            return {}
-        kept, known = [], {}
-        lines = self.file.read_bytes().splitlines(keepends=True)
-        for number, line in enumerate(lines, 1):
+    def _found(self) -> dict[str, Any]:
+        """The state of a killed run of this very search, or a new one; or an `error`."""
+        files = [file for file in (self.folder / STATE, self.folder / PREVIOUS) if file.exists()]
+        if files and self.setup.settings.resume_from_checkpoint == "none":
+            return {"error": f"{self.folder} holds a search; choose another --output_dir, or go on with latest"}
+        for file in files:
             try:
-                record = from_line(line.decode())
-            except (Damaged, UnicodeDecodeError) as error:
-                say(f"{self.file}, line {number} is damaged and left out: {error}")
+                state = read_record(file)
+            except Damaged as error:
+                say(f"{file} is damaged and left out: {error}")
                 continue
-            kept.append(line if line.endswith(b"\n") else line + b"\n")
-            if record.get("key") == self.key:
-                known[json.dumps(record["task"], sort_keys=True)] = record["result"]
-        if kept != lines:
-            write_text(self.file, b"".join(kept).decode())
-        return known
+            if state.get("key") != self.setup.key:
+                other = f"{self.folder} holds another search (other model or settings)"
+                return {"error": f"{other}; choose another --output_dir"}
+            if state["solvers"]:
+                say(f"going on in {self.folder}: solvers for {', '.join(state['solvers'])} calls are there")
+            return state
+        if files:
+            say(f"no state of {self.folder} could be read; the search starts over from its references")
+        elif (self.folder / SCHEDULER).exists():
+            other = f"{self.folder} holds a solver that this search did not make"
+            return {"error": f"{other}; choose another --output_dir"}
+        (self.folder / "cache").mkdir(parents=True, exist_ok=True)
+        for folder in (self.folder, self.folder / "cache"):
+            remove_partial_files(folder)
+        state = {"key": self.setup.key, "network_evaluations": 0, "solvers": {}}
+        self._write_state(state)
+        return state
 
-    def get(self, task: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The result that an earlier, killed run found."""
-        return self._known.get(json.dumps(task, sort_keys=True))
+    def entries(self, kind: str) -> dict[int, Entry]:
+        """By step count, those that were searched, or filled."""
+        return {int(n): entry for n, entry in self.state["solvers"].items() if entry["kind"] == kind}
 
-    def add(self, task: Mapping[str, Any], result: Mapping[str, Any]) -> None:
-        if self.writes:
-            with self.file.open("a", encoding="utf-8") as file:
-                file.write(to_line({"key": self.key, "task": task, "result": result}) + "\n")
+    def keep_teacher(self, facts: dict[str, Any]) -> None:
+        """Add how far the teacher is from converged."""
+        self.state["teacher"] = facts
+        self.log.write(teacher=facts, network_evaluations=self.log.evaluations())
+        if self.setup.main:
+            self._write_state(self.state)
 
-    def clear(self) -> None:
-        """Forget them: what they served is kept elsewhere."""
-        self._known = {}
-        if self.writes:
-            self.file.unlink(missing_ok=True)
+    def keep(self, nfe: int, entry: Entry, kind: str, seconds: float, before: int) -> None:
+        """Add one solver and write the result anew; `before`: network evaluations when it was begun."""
+        stages = {"stages": self.log.stages} if self.log.stages else {}
+        total = self.state["network_evaluations"] = self.log.evaluations()
+        spent = {"kind": kind, "network_evaluations": total - before, "seconds": round(seconds, 1)}
+        self.state["searched_shift"] = self.setup.student.searched_shift
+        entry = self.state["solvers"][str(nfe)] = {**entry, **stages, **spent}
+        told = {k: v for k, v in entry.items() if k not in SOLVER_KEYS}
+        self.log.write(nfe=nfe, **told, total_network_evaluations=total)
+        self.write()
+
+    def write(self) -> None:
+        """Write the result and the state; what the journal holds is then in them."""
+        if self.setup.main:
+            write_text(self.folder / SCHEDULER, self._scheduler().to_json_string())
+            self._write_state(self.state)
+        self.log.journal.clear()
+
+    def _scheduler(self) -> DSSolverScheduler:
+        config = self.setup.sampler.pipe.scheduler.config
+        return DSSolverScheduler.from_config(
+            {k: v for k, v in config.items() if k not in OWN_KEYS},
+            solvers={n: solver_of(entry) for n, entry in self.state["solvers"].items()},
+            provenance=self.provenance(),
+            searched_shift=self.state.get("searched_shift", self.setup.student.searched_shift),
+        )
+
+    def _write_state(self, state: dict[str, Any]) -> None:
+        with suppress(FileNotFoundError):
+            os.replace(self.folder / STATE, self.folder / PREVIOUS)
+        write_record(self.folder / STATE, state)
+
+    def is_whole(self) -> bool:
+        """Whether the result is there and can be read, in the main process's eyes."""
+        return from_main(self.setup.accelerator, _is_json(self.folder / SCHEDULER))
+
+    def provenance(self) -> dict[str, Any]:
+        """Where the solvers come from, as the result tells it."""
+        settings, pipe = self.setup.settings, self.setup.sampler.pipe
+        model = settings.pretrained_model_name_or_path
+        train = settings.num_generated_samples if settings.method == "paper" else settings.num_train_samples
+        return {
+            "kind": "searched",
+            "method": settings.method,
+            "model": Path(model).name if Path(model).exists() else model,
+            "revision": settings.revision,
+            "pipeline": type(pipe).__name__,
+            "call": settings.call_arguments,
+            "dtype": str(pipe.dtype).removeprefix("torch."),
+            "teacher": {**self.setup.teacher.facts(), "estimated_mse": self.state["teacher"]["estimated_mse"]},
+            "samples": {"train": train, "validation": settings.num_validation_samples},
+            "seed": settings.seed,
+            "settings": without_paths(settings.changed()),
+            "processes": self.setup.accelerator.num_processes,
+            "network_evaluations": self.state["network_evaluations"],
+            "results": {n: {k: e[k] for k in RECORDED if k in e} for n, e in self.state["solvers"].items()},
+            "versions": {name: _version(name) for name in ("diffusers-dssolver", "diffusers", "torch")},
+        }
+
+    def table(self) -> str:
+        """By step count: held-out final-state mse of the best classical solver and of the one found."""
+        lines = [
+            "",
+            f"{'NFE':>4} {'kind':20} {'classical':>10} {'ours':>10} {'ratio':>6} {'evaluations':>12} {'seconds':>8}",
+        ]
+        for n, e in sorted(self.state["solvers"].items(), key=lambda item: int(item[0])):
+            ratio = e["validation_mse"] / e["classical_mse"]
+            note = "  worse than classical" if ratio > 1 else ""
+            kind = e["kind"] + (f", {e['source']}" if "source" in e else "")
+            lines.append(
+                f"{n:>4} {kind:20} {e['classical_mse']:10.3g} {e['validation_mse']:10.3g} {ratio:6.2f} "
+                f"{e['network_evaluations']:12,} {e['seconds']:8.1f}{note}"
+            )
+            lines += [
+                f"{'':4}   {s['stage']:29} {s['validation_mse']:10.3g} {'':6} {s['network_evaluations']:12,}"
+                for s in e.get("stages", [])
+            ]
+        total = f"{self.state['network_evaluations']:,} network evaluations, teacher included"
+        return "\n".join([*lines, f"held-out final-state mse; {total}", f"solver written to {self.folder}"])
+
+
+def how_to_go_on(folder: Path) -> str:
+    """For the user who has interrupted a search: what its folder holds."""
+    finished: dict[str, Any] = {}
+    for file in (folder / PREVIOUS, folder / STATE):
+        with suppress(Damaged):
+            finished = read_record(file)["solvers"]
+    solvers = ", ".join(sorted(finished, key=int)) or "no"
+    return f"{folder} holds solvers for {solvers} calls; the same command goes on from there"
+
+
+def _is_json(file: Path) -> bool:
+    try:
+        return isinstance(json.loads(file.read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError):
+        return False
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -15,8 +15,6 @@ from diffusers_dssolver import pipelines
 from ..console import one_line
 
 DENOISER_NAMES = ("transformer", "unet", "prior", "dit")
-
-
 SAVED_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float32"}  # in safetensors: to run in
 
 
@@ -41,8 +39,8 @@ def load_pipeline(name_or_path: str, dtype: str = "auto", device: Any = "cpu", r
 
 
 def saved_dtype(folder: Path) -> str:
-    """bfloat16 or float64 where the denoiser's weights are saved so in a pipeline's folder; else float32, for float16
-    weights too: they may be small files of a float32 model, and float16 is no precision to search in."""
+    """Precision of the denoiser's weights in a pipeline's folder: bfloat16, float64, else float32. float16 weights give
+    float32 too: they may be small files of a float32 model, and float16 is no precision to search in."""
     for file in sorted(file for name in DENOISER_NAMES for file in folder.glob(f"{name}*/*.safetensors")):
         with safe_open(file, "pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118 (no dictionary)
@@ -52,7 +50,7 @@ def saved_dtype(folder: Path) -> str:
 
 
 def freeze(pipe: Any) -> Any:
-    """The pipeline itself, its networks without gradients and in evaluation mode, its progress bars off."""
+    """Turn off gradients of the networks, training mode and progress bars; returns the pipeline itself."""
     for module in pipe.components.values():
         if isinstance(module, nn.Module):
             module.requires_grad_(False).eval()

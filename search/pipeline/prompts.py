@@ -11,29 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from ..console import one_line
 from ..settings import ModelConfig
 from ..storage import DATA_FILES
-from .replay import Stored, restored, stored
+from .copies import restored, stored, stored_bytes
 
 PROMPT = re.compile(r"(negative_)?prompt(_\d+)?")
-
-
 MEMO_BYTES = 2**31  # of prompt embeddings held on the CPU
 
 
 class PromptMemo:
-    """A pipeline's `encode_prompt`, each call of it made once.
+    """Makes each call of a pipeline's `encode_prompt` once.
 
-    What it returns is kept on the CPU under all of its arguments and given out as fresh copies, so that no run can
-    change it; a pipeline is not asked where its embeddings go, and a batch gets the very embeddings of an ordinary
-    call. Calls with tensors or pictures among their arguments go through. Text encoders run without gradients.
+    Results are kept on the CPU under all arguments of the call and given out as fresh copies, so that no run can change
+    them and a batch gets the very embeddings of an ordinary call. Calls with tensors or pictures among their arguments
+    go through. Text encoders run without gradients.
 
     Args:
-        pipe: the pipeline; without an `encode_prompt`, nothing is kept.
-        limit: bytes held at most; what was not used for longest goes first.
+        pipe: the pipeline; nothing is kept of one without an `encode_prompt`.
+        limit: most bytes that are kept; the least recently used results go first.
     """
 
     def __init__(self, pipe: Any, limit: int = MEMO_BYTES) -> None:
@@ -42,7 +39,7 @@ class PromptMemo:
 
     @contextmanager
     def used(self, extra: Mapping[str, Any]) -> Iterator[None]:
-        """The pipeline with this in the place of its method; `extra`: what else this call is given, if anything."""
+        """Put the memo in place of the pipeline's method. `extra`: further arguments of this call, part of the key."""
         if not callable(getattr(self.pipe, "encode_prompt", None)):
             yield
             return
@@ -70,7 +67,7 @@ class PromptMemo:
 
     def _keep(self, key: Any, result: Any) -> None:
         kept = stored(result)
-        size = sum(s.tensor.nbytes for s in pytree.tree_leaves(kept) if isinstance(s, Stored))
+        size = stored_bytes(kept)
         self._kept[key] = kept, size
         self.held += size
         while self.held > self.limit and len(self._kept) > 1:
@@ -82,7 +79,7 @@ class PromptMemo:
 
 
 def prompts_of(config: ModelConfig) -> list[str]:
-    """The prompts that the settings name, from a file or a data set; none if they name neither."""
+    """Prompts from the file or the data set of the settings; none without either."""
     if config.prompts_dataset is None:
         return read_prompts(config.prompts_file)
     column, split, limit = config.prompts_column, config.prompts_split, config.num_prompts
@@ -140,7 +137,7 @@ def prompts_from_dataset(name_or_path: str, column: str = "text", split: str = "
 
 
 def _plain(value: Any) -> Any:
-    """A value that can be a key, from texts, numbers, devices, dtypes and containers of them; else TypeError."""
+    """A hashable copy of texts, numbers, devices, dtypes and containers of them. Raises TypeError for others."""
     if value is None or isinstance(value, (str, bool, int, float, torch.device, torch.dtype)):
         return type(value), value
     if isinstance(value, (list, tuple)):

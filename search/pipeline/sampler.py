@@ -1,8 +1,8 @@
-"""A diffusers pipeline as the search and the comparison see it: samples in, states out, network calls counted.
+"""Calls a diffusers pipeline on chosen samples and counts its network calls.
 
-A sample is an index; its noise comes from a generator of its own and its condition from its index, so that neither
-the batch nor the number of processes it is run in changes it. No pipeline is known by name: conditions follow from
-the signature of its call, the denoiser from the components that take a time.
+A sample is an index: its noise comes from a generator of its own and its condition from its index, so that neither the
+batch nor the number of processes changes it. No pipeline is known by name: conditions follow from the signature of its
+call, the denoiser from the components that take a time.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ NOT_TIMED = ("encoder", "vae", "movq")  # parts of names of components that are 
 INPUT_NAMES = ("hidden_states", "sample", "x")  # of a denoiser's noisy input
 CLASS_COUNTS = ("num_embeds_ada_norm", "num_classes", "num_class_embeds")  # keys of a denoiser's configuration
 OWN_ARGUMENTS = ("generator", "num_inference_steps")
-FINGERPRINTED = 16  # samples whose conditions count where nobody says which samples are meant
+FINGERPRINTED = 16  # samples whose conditions count where none are named
 
 
 def spread_classes(count: int, indices: Sequence[int]) -> list[int]:
-    """Class of each sample: all `count` classes equally often, few samples from all over them (which may be sorted by
-    kind), in strides of a 32nd of the classes."""
+    """Class of each sample, in strides of a 32nd of the classes: all `count` classes come equally often, and few
+    samples are of classes from all over their list, which may be sorted by kind."""
     stride = next(k for k in range(max(count // 32, 1), count + 1) if math.gcd(k, count) == 1)
     return [i * stride % count for i in indices]
 
@@ -45,19 +45,18 @@ class Sampler:
         call: further arguments of its call (`guidance_scale`, `height`, ...), the same for every run.
         prompts: for pipelines that take a prompt; sample i gets prompt i modulo their number.
         seed: of all noise.
-        conditions: indices -> call arguments that belong to these samples, such as embeddings made beforehand; in
-            the place of class labels and prompts.
-        guidance_scales: several, that samples take in turn: sample i that of place i modulo their number.
+        conditions: indices -> call arguments of these samples, such as embeddings made beforehand, in place of class
+            labels and prompts.
 
     Attributes:
         network_evaluations: samples that went through the denoiser so far, a guided call counting its doubled batch.
         network_calls: calls of the denoiser so far.
         denoisers: the networks that are counted.
-        timed: every network that takes a time: these, and such as a ControlNet.
-        not_made: of a denoiser that is being called, whether its output is at hand, so that the call does not count.
+        timed: every network that takes a time, by name: the denoisers, and helpers such as a ControlNet.
+        is_answered: tells of a denoiser being called whether its output is known, so that the call does not count.
 
     Raises:
-        ValueError: for arguments that the call does not take, or conditions that nothing says.
+        ValueError: for arguments that the call does not take, or where nothing tells the conditions.
     """
 
     def __init__(
@@ -67,13 +66,11 @@ class Sampler:
         prompts: Sequence[str] = (),
         seed: int = 0,
         conditions: Callable[[Sequence[int]], Mapping[str, Any]] | None = None,
-        guidance_scales: Sequence[float] = (),
     ):
-        self.guidance_scales = list(guidance_scales)
         self.pipe, self.call, self.prompts, self.seed = pipe, dict(call or {}), list(prompts), seed
         self._given = conditions
         self.network_evaluations = self.network_calls = 0
-        self.not_made: Callable[[nn.Module], bool] = lambda module: False
+        self.is_answered: Callable[[nn.Module], bool] = lambda module: False
         self.accepted = inspect.signature(pipe.__call__).parameters
         self.timed = _timed_networks(pipe)
         self.denoisers = [m for name, m in self.timed.items() if not name.startswith(SIDE_NAMES)]
@@ -84,11 +81,8 @@ class Sampler:
 
     def _check(self) -> None:
         name = type(self.pipe).__name__
-        guidance = {"guidance_scale"} if self.guidance_scales else set()
-        if unknown := sorted((set(self.call) | guidance) - set(self.accepted)):
+        if unknown := sorted(set(self.call) - set(self.accepted)):
             raise ValueError(f"{name} takes no argument {unknown[0]!r}; it takes: {', '.join(self.accepted)}")
-        if guidance & set(self.call):
-            raise ValueError("guidance_scale and guidance_scales are both given; give one")
         if not self.denoisers:
             raise ValueError(f"{name} has no denoiser among its components ({', '.join(self.pipe.components)})")
         chosen = set() if self._given else {"class_labels", "prompt", "batch_size"}
@@ -102,7 +96,7 @@ class Sampler:
             raise ValueError(f"{name} takes neither class_labels nor prompt nor batch_size; give it conditions")
 
     def _count(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if not self.not_made(module):
+        if not self.is_answered(module):
             self.network_calls += 1
             self.network_evaluations += _batch_size(args, kwargs)
 
@@ -116,37 +110,6 @@ class Sampler:
             one_for_all = {k: [v] * len(indices) for k, v in self.call.items() if _is_text(k, v)}
             return {**one_for_all, "prompt": [self.prompts[i % len(self.prompts)] for i in indices]}
         return {"batch_size": len(indices)}
-
-    def groups(self, indices: Sequence[int]) -> list[list[int]]:
-        """Places in `indices` of samples that one pipeline call can take: those with the same guidance."""
-        scales = [self.guidance_of([i]) for i in indices]
-        return [[k for k, scale in enumerate(scales) if scale == one] for one in dict.fromkeys(scales)]
-
-    def in_groups(self, indices: Sequence[int], run: Callable[[Sequence[int], int], list[Tensor]]) -> list[Tensor]:
-        """What `run` gives for each group of these samples (their indices, the group's number), a list of tensors
-        (B, ...), put together in the order of the samples."""
-        groups = self.groups(indices)
-        if len(groups) == 1:
-            return run(indices, 0)
-        parts = [run([indices[k] for k in group], number) for number, group in enumerate(groups)]
-        order = torch.tensor([k for group in groups for k in group]).argsort()
-        return [
-            torch.cat([x[: len(group)] for x, group in zip(tensors, groups, strict=True)])[order]
-            for tensors in zip(*parts, strict=True)
-        ]
-
-    def guidance_of(self, indices: Sequence[int]) -> float | None:
-        """The guidance scale of samples that have one in common, if it is a matter of samples.
-
-        Raises:
-            ValueError: they have several.
-        """
-        if not self.guidance_scales:
-            return None
-        scales = {self.guidance_scales[i % len(self.guidance_scales)] for i in indices}
-        if len(scales) > 1:
-            raise ValueError(f"samples of several guidance scales ({scales}) cannot share a call")
-        return scales.pop()
 
     def _classes(self) -> int:
         for module in self.denoisers:
@@ -165,8 +128,18 @@ class Sampler:
         return [torch.Generator("cpu").manual_seed(s) for s in seeds]
 
     @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Count from 0, and go on afterwards as if nothing had been counted."""
+        before = self.network_evaluations, self.network_calls
+        self.network_evaluations = self.network_calls = 0
+        try:
+            yield
+        finally:
+            self.network_evaluations, self.network_calls = before
+
+    @contextmanager
     def using(self, scheduler: Any) -> Iterator[None]:
-        """The pipeline with another scheduler, its own put back afterwards."""
+        """Give the pipeline another scheduler; its own is put back afterwards."""
         before, self.pipe.scheduler = self.pipe.scheduler, scheduler
         try:
             yield
@@ -175,17 +148,14 @@ class Sampler:
 
     def __call__(self, indices: Sequence[int], split: str, num_inference_steps: int, **extra: Any) -> Any:
         """One call of the pipeline on these samples."""
-        scale = self.guidance_of(indices)
-        guidance = {} if scale is None else {"guidance_scale": scale}
-        arguments = {**self.call, **guidance, **self.conditions(indices), **extra}
+        arguments = {**self.call, **self.conditions(indices), **extra}
         with self._encoded.used(extra):
             return self.pipe(
                 num_inference_steps=num_inference_steps, generator=self.generators(indices, split), **arguments
             )
 
     def fingerprint(self, indices: Sequence[int] = range(FINGERPRINTED)) -> dict[str, Any]:
-        """What a reference trajectory of these samples depends on: weights, noise schedule, call, conditions, seed;
-        plain data."""
+        """Plain data that tells runs on these samples apart: weights, noise schedule, call, conditions, seed."""
         digests = []
         for name, module in self.pipe.components.items():
             if isinstance(module, nn.Module):
@@ -197,13 +167,12 @@ class Sampler:
         prompts = hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()
         given = _digest(self._given(indices)) if self._given else None
         facts = [digests, scheduler, self.call, prompts, given, self.seed]
-        facts += [self.guidance_scales] if self.guidance_scales else []
         text = json.dumps(facts, sort_keys=True, default=str)
         return {"pipeline": type(self.pipe).__name__, "key": hashlib.sha256(text.encode()).hexdigest()[:16]}
 
 
 def _timed_networks(pipe: Any) -> dict[str, nn.Module]:
-    """Components that are called once a step, by name: their forward takes a time, or they are named like it."""
+    """Components that are called once a step, by name: their forward takes a time, or their name is a denoiser's."""
 
     def takes_time(name: str, module: nn.Module) -> bool:
         if any(part in name for part in NOT_TIMED):
@@ -232,7 +201,7 @@ def _is_text(name: str, value: Any) -> bool:
 
 
 def _digest(value: Any) -> str:
-    """Of nested containers of tensors, arrays, pictures, texts and numbers."""
+    """SHA-256 of nested containers of tensors, arrays, pictures, texts and numbers."""
     if isinstance(value, Mapping):
         parts = [part for k, v in sorted(value.items()) for part in (str(k), _digest(v))]
         return hashlib.sha256("/".join(parts).encode()).hexdigest()

@@ -107,23 +107,22 @@ def solver(c: SearchConfig, n: int) -> list[Work]:
         return [*works, ("held out", held_out, 1 + math.ceil(updates / c.validation_steps) * (n - 1))]
     works = fitted(c, n) + (polish(c, n) if c.polish and n <= c.polish_nfe else [])
     if c.method == "gradient":  # 4 a call: forward, recomputation, 2 for backward; L-BFGS makes one call for its scale
-        works += [("gradient", train, 4 * n * (c.gradient_calls + (c.optimizer == "lbfgs")))]
+        works += [("gradient", train, 4 * n * (c.gradient_calls + 1))]
         works += [("held out", held_out, c.gradient_calls * n)]
     return works
 
 
 def filled(c: SearchConfig, n: int) -> list[Work]:
-    """One table: a fit (below the fewest calls searched, a search), polished if that is cheap, and derived solvers
-    beside it, two between searched counts."""
-    derived = 2 if min(c.nfe) < n < max(c.nfe) else 1
+    """One table: a fit (below the fewest calls searched, a search), polished if that is cheap, and a derived solver
+    beside it."""
     works = [("filled", c.num_train_samples, n), ("held out", c.num_validation_samples, n)]
     works = fitted(c, n) if n < min(c.nfe) else works
-    works += [("held out", c.num_validation_samples, derived * n)]
+    works += [("held out", c.num_validation_samples, n)]
     return works + (polish(c, n) if c.polish and n <= c.fill_polish_nfe else [])
 
 
 def search(c: SearchConfig) -> list[Work]:
-    """All of it but the preflight and what is measured at counts between tables (none at the defaults)."""
+    """All of it but the preflight."""
     by_paper, train, held_out, nfe = c.method == "paper", c.num_train_samples, c.num_validation_samples, set(c.nfe)
     others = {*range(c.fill_nfe[0], c.fill_nfe[1] + 1)} - nfe if c.fill_nfe and not by_paper else set()
     works = [("teacher", 0 if by_paper else train, c.teacher_steps), ("teacher, held out", held_out, c.teacher_steps)]

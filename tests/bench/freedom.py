@@ -10,68 +10,75 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
-from dssolver_search.methods.closed_form import Candidate, ClosedForm
-from dssolver_search.methods.gauss_newton import Polish
-from dssolver_search.methods.search import Search
+from dssolver_search.methods.closed_form import fitted
+from dssolver_search.methods.gauss_newton import Polish, parametrised
+from dssolver_search.methods.log import Log
+from dssolver_search.methods.problem import Candidate, Problem
+from dssolver_search.methods.setup import Setup
+from dssolver_search.pipeline.plan import Plan
 from dssolver_search.pipeline.replay import Replay
-from dssolver_search.settings import STARTS, SearchConfig
+from dssolver_search.settings import SearchConfig
 from tests.bench.search import FAMILIES, GUIDANCE, model
 
 UNIT = 0.1  # of a scale or a sum, per unit of its parameter
 
 
 class Freer(Polish):
-    """The polish with scales of what the network is fed, or free sums of rows, or both."""
+    """The polish with scales of the network's input, or free sums of rows, or both."""
 
-    def __init__(self, form: ClosedForm, candidate: Candidate, scales: bool, sums: bool) -> None:
-        super().__init__(form, candidate)
-        n = self.numbers.nfe
+    def __init__(self, problem: Problem, candidate: Candidate, scales: bool, sums: bool) -> None:
+        super().__init__(problem, candidate, parametrised(problem, candidate))
+        n = candidate.nfe
         self.own, self.scales, self.sums = self.count, scales, sums
-        self.unchanged += [*(range(n) if scales else ()), *(range(1, n + 1) if sums else ())]
-        self.count = len(self.unchanged)
-        self.fed = [1.0] * n
+        more = [*(range(n) if scales else ()), *(range(1, n + 1) if sums else ())]
+        self.shared_calls += more
+        self.count += len(more)
+        self.factors = [1.0] * n
 
-    def solver(self, parameters: Tensor) -> tuple[Tensor, list[list[float]], Tensor | None]:
-        raw, rows, offsets = super().solver(parameters[: self.own])
-        n, more = len(rows), (UNIT * parameters[self.own :]).tolist()
-        self.fed = [1 + more.pop(0) for _ in range(n)] if self.scales else [1.0] * n
-        if self.sums:
-            rows = [[*row[:-1], row[-1] + change] for row, change in zip(rows, more, strict=True)]
-        return raw, rows, offsets
+    def plan(self, parameters: Tensor) -> Plan:
+        plan = super().plan(parameters[: self.own])
+        n, more = plan.nfe, (UNIT * parameters[self.own :]).tolist()
+        self.factors = [1 + more.pop(0) for _ in range(n)] if self.scales else [1.0] * n
+        if not self.sums:
+            return plan
+        return replace(plan, rows=[[*r[:-1], r[-1] + change] for r, change in zip(plan.rows or (), more, strict=True)])
 
     def scaled(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before the network's forward."""
-        factor = self.fed[min(self.form.probe.steps_taken, len(self.fed) - 1)]
+        taken = self.problem.student.scheduler.recorder.steps_taken
+        factor = self.factors[min(taken, len(self.factors) - 1)]
         if args:
             return (args[0] * factor, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": kwargs["hidden_states"] * factor}
 
     def run(self, iterations: int) -> tuple[float, float]:
         """Held-out and training mse after so many iterations, each kept only if it is better held out."""
-        network = self.form.sampler.pipe.transformer
+        network = self.problem.student.sampler.pipe.transformer
         hook = network.register_forward_pre_hook(self.scaled, with_kwargs=True)
-        first_call = self.form.start
-        # known only where the first call is fed the noise itself
-        self.form.start = lambda *a: first_call(*a) if self.fed[0] == 1 else Replay(frozen=True)  # type: ignore
+        first_call = self.problem.first_call
+        # known only where the network's first input is the noise itself
+        self.problem.first_call = lambda *a: first_call(*a) if self.factors[0] == 1 else Replay(frozen=True)  # type: ignore
         best, where = self.candidate.validation_mse, torch.zeros(self.count, dtype=torch.float64)
         try:
             for _ in range(iterations):
-                for tried in self.step(where, int):
+                for tried in self.steps(where):
                     try:
-                        error = self.form.mean_square(self.errors("validation", tried))
+                        error = self.problem.mean_square(self.errors(self.problem.validation, tried))
                     except ValueError:  # nodes or times that no longer fall
                         continue
                     if error < best:
                         best, where = error, tried
-            return best, self.form.mean_square(self.errors("train", where))
+            return best, self.problem.mean_square(self.errors(self.problem.train, where))
         finally:
             hook.remove()
-            self.form.start = first_call  # type: ignore
+            self.problem.first_call = first_call  # type: ignore
 
 
 def main() -> None:
@@ -87,19 +94,18 @@ def main() -> None:
             pretrained_model_name_or_path=str(model(given.family)), output_dir=output, nfe=[given.nfe],
             guidance_scale=GUIDANCE, **more,
         )  # fmt: skip
-        search = Search(config)
-        splits = [search._reference(name, range(count)) for name, count in search.splits.items()]
-        form = ClosedForm(search.sampler, search.probe, *splits, config.num_trial_samples, lambda t: t)
-        found = form.search(given.nfe, config.trials, config.ridge, STARTS[: config.starts])
+        setup = Setup(config, Accelerator())
+        problem = setup.problem()
+        found = fitted(problem, given.nfe, config, Log())
         print(
             f"{given.family}, {given.nfe} calls, {given.iterations} iterations of the polish, held-out mse (training)"
         )
         for scales, sums in ((False, False), (True, False), (False, True), (True, True)):
             more_free = [name for name, free in (("scales", scales), ("sums", sums)) if free]
-            problem = Freer(form, found, scales, sums)
-            held_out, train = problem.run(given.iterations)
+            freer = Freer(problem, found, scales, sums)
+            held_out, train = freer.run(given.iterations)
             name = " and ".join(more_free) or "as searched"
-            print(f"  {name:16} {problem.count:3} numbers   {held_out:.3g} ({train:.3g})", flush=True)
+            print(f"  {name:16} {freer.count:3} numbers   {held_out:.3g} ({train:.3g})", flush=True)
 
 
 if __name__ == "__main__":

@@ -31,32 +31,32 @@ def worker(output: str) -> None:
     """One run in this process, one of several perhaps; the main one prints the seconds of each part, and of the CPU."""
     import torch
 
-    from dssolver_search.methods.search import Search
+    from dssolver_search.methods import search as run_module
+    from dssolver_search.methods import setup as search_setup
+    from dssolver_search.processes import launched
     from dssolver_search.settings import SearchConfig
 
-    search = Search(
-        SearchConfig(pretrained_model_name_or_path=str(MODEL), output_dir=output, nfe=[3], fill_nfe=[], **SETTINGS)
-    )
     spent = {part: [0.0, 0.0] for part in PARTS}
+    with launched(str) as accelerator:
 
-    def timed(part, function):
-        def run(*args):
-            search.accelerator.wait_for_everyone()
-            before = time.perf_counter(), time.process_time()
-            found = function(*args)
-            cpu = search.accelerator.gather(torch.tensor([time.process_time() - before[1]]))
-            spent[part][0] += time.perf_counter() - before[0]
-            spent[part][1] += float(cpu.max())
-            return found
+        def timed(part, function):
+            def run(*args, **kwargs):
+                accelerator.wait_for_everyone()
+                before = time.perf_counter(), time.process_time()
+                found = function(*args, **kwargs)
+                cpu = accelerator.gather(torch.tensor([time.process_time() - before[1]]))
+                spent[part][0] += time.perf_counter() - before[0]
+                spent[part][1] += float(cpu.max())
+                return found
 
-        return run
+            return run
 
-    search._reference = timed("teacher", search._reference)
-    search._closed_form = timed("search", search._closed_form)
-    processes, main = search.accelerator.num_processes, search.accelerator.is_main_process
-    search()
-    if main:
-        print(json.dumps({"processes": processes, "seconds": spent}))
+        search_setup.teacher_trajectory = timed("teacher", search_setup.teacher_trajectory)
+        run_module.METHODS["closed_form"] = timed("search", run_module.METHODS["closed_form"])
+        model = {"pretrained_model_name_or_path": str(MODEL), "output_dir": output}
+        run_module.run(SearchConfig(**model, nfe=[3], fill_nfe=[], **SETTINGS), accelerator)
+        if accelerator.is_main_process:
+            print(json.dumps({"processes": accelerator.num_processes, "seconds": spent}))
 
 
 def measure(processes: int) -> dict[str, list[float]]:

@@ -26,6 +26,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from accelerate import Accelerator
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
@@ -33,21 +34,24 @@ from diffusers_dssolver import DSSolverScheduler
 from diffusers_dssolver.solver import SolverSpec
 from dssolver_search.measure.compare import Comparison
 from dssolver_search.measure.pictures import COLOURS
-from dssolver_search.methods import closed_form
+from dssolver_search.methods import closed_form, paper
 from dssolver_search.methods import search as run_module
-from dssolver_search.methods.closed_form import Candidate
-from dssolver_search.methods.gauss_newton import Polish, around, polish
+from dssolver_search.methods.fill import solver_of
+from dssolver_search.methods.gauss_newton import Polish, parametrised, polish
 from dssolver_search.methods.gradient import Descent
+from dssolver_search.methods.log import Log
 from dssolver_search.methods.objective import OBJECTIVES
-from dssolver_search.methods.search import ResumableForm, Search
+from dssolver_search.methods.problem import Candidate, Problem, Samples
+from dssolver_search.methods.setup import Setup
 from dssolver_search.pipeline.loading import load_pipeline
-from dssolver_search.pipeline.probe import ProbeScheduler
-from dssolver_search.pipeline.replay import uncounted
+from dssolver_search.pipeline.plan import Plan
 from dssolver_search.pipeline.sampler import Sampler
+from dssolver_search.pipeline.student import Student
 from dssolver_search.settings import CompareConfig, SearchConfig
-from dssolver_search.teacher.trajectories import reference
+from dssolver_search.teacher.ends import even_nodes
+from dssolver_search.teacher.trajectories import Teacher, TeacherTrajectory, teacher_trajectory
 from tests import documents
-from tests.runtime.test_contract import Allocations
+from tests.allocations import Allocations
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "search" / "results"
@@ -121,58 +125,71 @@ class Test:
         return dict(zip(("mse", "scheduler"), min(tried), strict=True))
 
 
-class Watched(Search):
-    """A search whose progress is followed on the test samples."""
+class Watched:
+    """Follows a search's progress on the test samples."""
 
-    def __init__(self, config: SearchConfig, test: Test) -> None:
-        self.test, self.points, self.reached = test, [], math.inf
-        super().__init__(config)
+    def __init__(self, test: Test) -> None:
+        self.test, self.points = test, []
 
-    def _point(self, stage: str, spec: SolverSpec) -> None:
-        point = {"nfe": spec.nfe, "stage": stage, "network_evaluations": self._evaluations() - self.spent_before}
+    def __call__(self, config: SearchConfig) -> None:
+        """The search, watched."""
+        methods = {name: self._followed(method) for name, method in run_module.METHODS.items()}
+        with mock.patch.object(run_module, "METHODS", methods):
+            run_module.search(config)
+
+    def _followed(self, method: run_module.Method) -> run_module.Method:
+        def run(problem: Problem, nfe: int, config: SearchConfig, log: Log) -> Any:
+            trial, stage = log.trial, log.stage
+
+            def tried(candidate: Candidate) -> None:
+                trial(candidate)
+                if candidate.train_mse < BETTER * self.reached:
+                    self.reached = candidate.train_mse
+                    self._point(log, "closed_form", candidate.spec)
+
+            def ended(name: str, candidate: Candidate, **figures: float) -> None:
+                stage(name, candidate, **figures)
+                self._point(log, name, candidate.spec)
+
+            self._begin(log)
+            with mock.patch.multiple(log, trial=tried, stage=ended):
+                if config.method != "paper":
+                    return method(problem, nfe, config, log)
+                with mock.patch.object(problem, "score", self._scored(problem, log)):
+                    found = method(problem, nfe, config, log)
+            self._point(log, "paper", SolverSpec.from_dict(solver_of(found)))
+            return found
+
+        return run
+
+    def _scored(self, problem: Problem, log: Log) -> Callable[[Plan], float]:
+        score = problem.score
+
+        def followed(plan: Plan) -> float:
+            error = score(plan)
+            if plan.rows is not None and error < self.reached:
+                self.reached = error
+                self._point(log, "paper", problem.student.spec(plan))
+            return error
+
+        return followed
+
+    def _begin(self, log: Log) -> None:
+        """Of one NFE: what was spent on the others is not its own; the teacher is everybody's."""
+        if not self.points:
+            self.by_teacher = log.evaluations()
+        self.spent_before, self.reached = log.evaluations() - self.by_teacher, math.inf
+        self.began, self.testing = time.perf_counter(), 0.0
+
+    def _point(self, log: Log, stage: str, spec: SolverSpec) -> None:
+        point = {
+            "nfe": spec.nfe,
+            "stage": stage,
+            "network_evaluations": log.evaluations() - self.spent_before,
+        }
         seconds = time.perf_counter() - self.began - self.testing
         self.points.append({**point, "test_mse": self.test.of(spec), "seconds": seconds})
         self.testing = time.perf_counter() - self.began - seconds
-
-    def _log_trial(self, candidate: Candidate) -> None:
-        super()._log_trial(candidate)
-        if candidate.train_mse < BETTER * self.reached:
-            self.reached = candidate.train_mse
-            self._point("closed_form", candidate.spec)
-
-    def _ended(self, stage: str, found: Candidate, began: int) -> dict[str, Any]:
-        self._point(stage, found.spec)
-        return super()._ended(stage, found, began)
-
-    def _closed_form(self, form: ResumableForm, nfe: int) -> dict[str, Any]:
-        self._begin()
-        return super()._closed_form(form, nfe)
-
-    def _paper(self, form: ResumableForm, nfe: int) -> dict[str, Any]:
-        self._begin()
-        score = form.score
-
-        def followed(raw: Any, rows: Any, order: int = 2) -> float:
-            error = score(raw, rows, order)
-            if rows is not None and error < self.reached:
-                self.reached = error
-                self._point("paper", form.probe.spec())
-            return error
-
-        form.score = followed
-        try:
-            found = super()._paper(form, nfe)
-        finally:
-            del form.score
-        self._point("paper", SolverSpec.from_dict({k: found[k] for k in ("nodes", "coefficients")}))
-        return found
-
-    def _begin(self) -> None:
-        """Of one NFE: what was spent on the others is not its own; the teacher is everybody's."""
-        if not self.points:
-            self.by_teacher = self._evaluations()
-        self.spent_before, self.reached = self._evaluations() - self.by_teacher, math.inf
-        self.began, self.testing = time.perf_counter(), 0.0
 
 
 def model(family: str) -> Path:
@@ -200,8 +217,8 @@ def searched(family: str, test: Test, folder: Path, nfes: Sequence[int], **setti
         guidance_scale=GUIDANCE, **settings,
     )  # fmt: skip
     began = time.perf_counter()
-    search = Watched(config, test)
-    search()
+    search = Watched(test)
+    search(config)
     record = {
         "family": family, "settings": settings, "points": search.points, "teacher": search.by_teacher,
         "seconds": time.perf_counter() - began,
@@ -224,19 +241,18 @@ def _link_if_new(source: str, target: str) -> None:
 
 
 class EulerMemo:
-    """The paper's references of the same samples are made once and counted for every NFE, as if made anew."""
+    """Makes the paper's teacher trajectories of the same samples once; counts them for every NFE as if made anew."""
 
     def __init__(self) -> None:
         self.kept: dict[Any, Any] = {}
-        self.real = run_module.reference
+        self.real = paper.teacher_trajectory
 
-    def __call__(self, sampler: Any, probe: Any, indices: Any, split: str, *rest: Any, **more: Any) -> Any:
-        if split != "train":
-            return self.real(sampler, probe, indices, split, *rest, **more)
-        key = (sampler.seed, type(probe.path), tuple(indices), rest[:2])  # steps and order
+    def __call__(self, student: Student, teacher: Teacher, indices: Any, *rest: Any, **more: Any) -> TeacherTrajectory:
+        sampler = student.sampler
+        key = (sampler.seed, type(student.path), tuple(indices), teacher)
         if key not in self.kept:
-            with uncounted(sampler):
-                made = self.real(sampler, probe, indices, split, *rest, **more)
+            with sampler.uncounted():
+                made = self.real(student, teacher, indices, *rest, **more)
                 self.kept[key] = made, sampler.network_evaluations
         made, cost = self.kept[key]
         sampler.network_evaluations += cost
@@ -401,7 +417,7 @@ def bench(
     paper_seeds: int,
     update: bool,
 ) -> None:
-    run_module.reference = memo = EulerMemo()
+    paper.teacher_trajectory = memo = EulerMemo()
     print(f"paper: {PAPER['num_generated_samples']} generated samples of its {PAPER_SAMPLES}")
     stock: dict[str, Any] = {}
     runs = []
@@ -484,17 +500,18 @@ def memory(family: str = "flow", samples: int = 8) -> None:
                 pretrained_model_name_or_path=str(model(family)), output_dir=output, nfe=[nfe], teacher_steps=nfe + 1,
                 guidance_scale=GUIDANCE, num_train_samples=samples, num_validation_samples=2, num_trial_samples=2,
             )  # fmt: skip
-            search = Search(config)
-            splits = [search._reference(name, range(count)) for name, count in (("train", samples), ("validation", 2))]
-            form = closed_form.ClosedForm(search.sampler, search.probe, *splits, 2, lambda t: t)
-            found = form.validated(form.fit(nfe, closed_form.IDENTITY, 1e-4))
-            problem, descent = Polish(form, found), Descent(form, found, around(form, found), OBJECTIVES["terminal"])
+            setup = Setup(config, Accelerator())
+            problem = setup.problem()
+            fitted = closed_form.fit(problem, nfe, closed_form.IDENTITY, 1e-4, problem.train)
+            found = closed_form.validated(problem, fitted)
+            newton = Polish(problem, found, parametrised(problem, found))
+            descent = Descent(problem, found, parametrised(problem, found), OBJECTIVES["terminal"])
             peaks = []
-            for run in (lambda p=problem: p.step(torch.zeros(p.count, dtype=torch.float64), int), descent.value):
+            for run in (lambda p=newton: p.steps(torch.zeros(p.count, dtype=torch.float64)), descent.value):
                 with Allocations() as used:
                     run()
                 peaks.append(used.peak / 2**20)
-            latent = form.probe.states[0][0].nbytes * samples / 2**20
+            latent = problem.train.teacher.states[0].nbytes / 2**20
         print(f"  {nfe:2} calls: " + ", ".join(f"{p:.1f}" for p in peaks) + f"   (a state: {latent:.3f})", flush=True)
 
 
@@ -504,34 +521,30 @@ def precision(families: Sequence[str], nfe: int = 5, samples: int = 48) -> None:
     for family in families:
         parts = {}
         for dtype in ("float32", "bfloat16"):
-            pipe = load_pipeline(str(model(family)), dtype)
-            probe = ProbeScheduler.from_config(
-                pipe.scheduler.config, solvers="classical", strict=False, history_length=None
-            )
-            parts[dtype] = Sampler(pipe, {"guidance_scale": GUIDANCE}), probe
+            parts[dtype] = Student(Sampler(load_pipeline(str(model(family)), dtype), {"guidance_scale": GUIDANCE}))
 
-        def final(dtype: str, steps: int, exact: bool, parts: dict[str, Any] = parts) -> torch.Tensor:
-            sampler, probe = parts[dtype]
-            probe.prepare(torch.linspace(1, 0, steps + 1, dtype=torch.float64), order=3, exact=exact)
-            return run_module.run(sampler, probe, range(8), "convergence", steps)[-1].float()
+        def final(dtype: str, steps: int, kept: bool, parts: dict[str, Student] = parts) -> torch.Tensor:
+            plan = Plan(even_nodes(steps), order=3, float32_states=kept)
+            return parts[dtype].run(plan, range(8), "convergence").final.float()
 
         converged = final("float32", 200, False)
-        for exact in (False, True):
-            errors = [(final("bfloat16", n, exact) - converged).square().mean().item() for n in (25, 50, 100, 200)]
+        for carried in (False, True):
+            errors = [(final("bfloat16", n, carried) - converged).square().mean().item() for n in (25, 50, 100, 200)]
             shown = ", ".join(f"{e:.2g}" for e in errors)
-            kind = "carried" if exact else "rounded"
+            kind = "carried" if carried else "rounded"
             print(f"{family}: bfloat16 teacher of 25, 50, 100, 200 steps, states {kind}: {shown}", flush=True)
-        sampler, probe = parts["bfloat16"]
-        test = reference(sampler, probe, range(samples), "test", 100, 3, samples, progress=False)
-        for dtype, (its_sampler, its_probe) in parts.items():
+        in_bfloat16, teacher = parts["bfloat16"], Teacher(100)
+        test = teacher_trajectory(in_bfloat16, teacher, range(samples), "test", samples, progress=False)
+        for dtype, student in parts.items():
             splits = [
-                (range(n), reference(its_sampler, its_probe, range(n), split, 100, 3, samples, progress=False))
+                Samples(split, range(n), teacher_trajectory(student, teacher, range(n), split, samples, progress=False))
                 for split, n in (("train", samples), ("validation", samples // 2))
             ]
-            form = closed_form.ClosedForm(its_sampler, its_probe, *splits, samples // 2, lambda t: t)
-            found = polish(form, form.search(nfe, 25, 1e-4), 1)
-            probe.prepare_spec(found.spec)
-            mse = (run_module.run(sampler, probe, range(samples), "test", nfe)[-1] - test.final).square().mean().item()
+            problem = Problem(student, *splits, samples // 2)
+            warped = closed_form.search_warp(closed_form.Fits(problem, nfe, Log()), 25, 1e-4)
+            found = polish(problem, warped, parametrised(problem, warped), 1)
+            run = in_bfloat16.run(Plan.of(found.spec), range(samples), "test")
+            mse = (run.final - test.final).square().mean().item()
             print(f"{family}: {nfe} calls searched in {dtype}, run in bfloat16: {mse:.3g}", flush=True)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,13 +14,14 @@ from dssolver_search.methods import search as run_module
 from dssolver_search.methods.gauss_newton import Polish, around
 from dssolver_search.methods.gradient import Descent
 from dssolver_search.methods.objective import terminal_loss
-from dssolver_search.methods.search import Search
+from dssolver_search.methods.setup import check_shares
 from dssolver_search.settings import SearchConfig
 from tests import documents
 from tests.bench import cost_model
 from tests.bench.cost_model import MODELS, busiest, measured, numbers, reduced_bytes, report
+from tests.families import WARP, searched
 from tests.search.test_gradient import told
-from tests.search.test_search import CLOSED_FORM, PAPER, WARP, lines_of, search, searched
+from tests.searches import CLOSED_FORM, PAPER, lines_of, search
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torchvision.*")
 PUBLISHED = {"SDXL": "2.57", "SD3.5-medium": "2.5", "SD3.5-large": "8.1", "FLUX.1-dev": "11.9"}  # 10^9
@@ -86,8 +86,6 @@ RUNS = {
     "starts": {**FEW, "nfe": [3], "fill_nfe": [], "polish": 0, "starts": 3},
     "few": {**FEW, "nfe": [4], "fill_nfe": [2, 4]},
     "gradient": {**FEW, "method": "gradient", "nfe": [2], "fill_nfe": [], "gradient_calls": 3},
-    "adam": {**FEW, "method": "gradient", "nfe": [2], "fill_nfe": [], "polish": 0, "gradient_calls": 2,
-             "optimizer": "adam"},
     "paper": {**PAPER, "num_generated_samples": 9, "validation_steps": 2, "teacher_steps": 10},
 }  # fmt: skip
 
@@ -136,12 +134,9 @@ def test_the_busiest_gpu(gpus, calls):
 
 def test_more_processes_than_held_out_samples_are_refused():
     config = SearchConfig("model", "folder")
-    run = SimpleNamespace(config=config, splits={"train": config.num_train_samples}, accelerator=SimpleNamespace())
-    run.accelerator.num_processes = 32
-    Search._check_shares(run)
-    run.accelerator.num_processes = 33
+    check_shares(config, 32)
     with pytest.raises(ValueError, match="each needs one"):
-        Search._check_shares(run)
+        check_shares(config, 33)
 
 
 def test_bytes_that_are_summed():

@@ -21,8 +21,8 @@ from dssolver_search.artefacts.publish import EVAL, rendered
 from dssolver_search.cli import main
 from dssolver_search.console import metric_name
 from dssolver_search.settings import CompareConfig, MergeConfig, SearchConfig, parse, tomllib
+from tests.families import make_pipe
 from tests.pipelines.zoo import make_dit
-from tests.search.test_search import make_pipe
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPARISON = json.loads((ROOT / "search" / "results" / "comparison-flow.json").read_text(encoding="utf-8"))

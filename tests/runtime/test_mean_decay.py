@@ -14,10 +14,11 @@ import torch
 from diffusers_dssolver import DSSolverScheduler
 from diffusers_dssolver.published import published_config
 from dssolver_search.cli import main
-from dssolver_search.pipeline.probe import ProbeScheduler, run
+from dssolver_search.pipeline.plan import Plan
 from dssolver_search.pipeline.sampler import Sampler
+from dssolver_search.pipeline.student import Student
+from tests.families import make_pipe
 from tests.pipelines.zoo import ZOO, generators
-from tests.search.test_search import make_pipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torchvision.*", "ignore:.*FluxPosEmbed.*:FutureWarning")
 GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "golden_mean_decay.json").read_text())
@@ -313,8 +314,7 @@ def test_an_exported_file_would_forget_it(tmp_path, capsys):
 def test_a_search_is_of_the_model_itself():
     pipe = make_pipe("flow")
     pipe.scheduler = DSSolverScheduler.from_config(pipe.scheduler.config, solvers=SIT, mean_decay=0.5)
-    assert ProbeScheduler.from_config(pipe.scheduler.config, solvers="classical").config.mean_decay is None
-    probe = ProbeScheduler.from_config(pipe.scheduler.config, solvers="classical", mean_decay=0.5)
-    probe.prepare(torch.linspace(1, 0, 4, dtype=torch.float64))
+    assert Student(Sampler(pipe)).scheduler.config.mean_decay is None
+    student = Student(Sampler(pipe), mean_decay=0.5)
     with pytest.raises(ValueError, match=r"mean_decay is 0.5; a search keeps no means apart, leave it out"):
-        run(Sampler(pipe), probe, [0], "train", 3)
+        student.run(Plan(torch.linspace(1, 0, 4, dtype=torch.float64)), [0], "train")

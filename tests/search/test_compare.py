@@ -30,7 +30,8 @@ from dssolver_search.measure.pictures import as_uint8
 from dssolver_search.measure.results import Result, details, interval, results_of_record, table
 from dssolver_search.pipeline.loading import load_pipeline
 from dssolver_search.settings import CompareConfig
-from tests.search.test_search import arguments, both, make_path, make_sampler, make_scheduler, refused
+from tests.families import both, make_path, make_sampler, make_scheduler
+from tests.searches import arguments, refused
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array:DeprecationWarning"),  # diffusers with numpy 2

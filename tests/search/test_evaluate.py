@@ -47,9 +47,10 @@ from dssolver_search.pipeline.loading import load_pipeline
 from dssolver_search.pipeline.sampler import Sampler
 from dssolver_search.settings import EvaluateConfig
 from dssolver_search.storage import read_tensors, write_tensors
+from tests.families import make_path, make_pipe, make_sampler
 from tests.pipelines.zoo import TEXT, sd_parts
 from tests.search.test_sampling import text_encoder
-from tests.search.test_search import arguments, make_path, make_pipe, make_sampler, refused
+from tests.searches import arguments, refused
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*disp.*:DeprecationWarning"),  # of scipy, which clean-fid calls

@@ -1,7 +1,7 @@
-"""Killed, interrupted, damaged, run twice at a time: the search ends with what an undisturbed run finds, to the bit.
+"""Killed, interrupted, damaged, run twice at a time: the search ends with what an undisturbed run finds, to the bit
+on the same machine with the same number of threads and processes.
 
-Real processes and real signals: a server (this file run as a script) imports everything once and forks a child for
-every run; each child may be told at which step of the solver, renaming or flush to the disk it dies.
+Real signals, in forked processes (`forks`).
 """
 
 from __future__ import annotations
@@ -10,162 +10,49 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
-import traceback
 from pathlib import Path
 
 import pytest
 import torch
 
 from diffusers_dssolver import DSSolverScheduler
-from dssolver_search import storage as state_module
+from dssolver_search import storage
 from dssolver_search.cli import main
-from dssolver_search.methods import paper as fit_module
-from dssolver_search.methods import search as run_module
+from dssolver_search.methods import paper as paper_module
 from dssolver_search.methods.paper import MAX_ROLLBACKS
-from dssolver_search.methods.record import Journal
-from dssolver_search.pipeline.probe import ProbeScheduler
-from dssolver_search.storage import Damaged, read_record, read_tensors, write_record, write_tensors
-from tests.search.test_search import CLOSED_FORM, PAPER, Bowl, Killed, arguments, fit_bowl, without_clock
+from dssolver_search.methods.setup import GONE
+from dssolver_search.settings import REMOVED
+from dssolver_search.storage import Damaged, kept_all, read_record, read_tensors, write_record, write_tensors
+from tests.search.forks import NEVER, Forks
+from tests.search.test_search import Bowl, fit_bowl
+from tests.searches import Killed, arguments, without_clock
 
 STATE, PREVIOUS = "search_state.json", "search_state.previous.json"
+COMMON = {
+    "num_validation_samples": 3, "teacher_steps": 5, "guidance_scale": 1.5, "batch_size": 2, "seed": 5,
+}  # fmt: skip
 SETTINGS = {
-    "closed_form": {**CLOSED_FORM, "batch_size": 2},
-    "paper": {**PAPER, "num_generated_samples": 16, "batch_size": 2},
-}
+    "closed_form": {
+        **COMMON, "nfe": [2, 3], "fill_nfe": [4, 4], "num_train_samples": 4, "num_trial_samples": 3, "trials": 2,
+        "starts": 1, "polish": 1, "fill_polish_nfe": 3,
+    },
+    "paper": {
+        **COMMON, "method": "paper", "nfe": [3], "num_generated_samples": 16, "train_batch_size": 4,
+        "reference_steps": 4, "validation_steps": 1,
+    },
+}  # fmt: skip
 METHODS = tuple(SETTINGS)
-ESTIMATE = 2 * (20 + 40)  # steps for the teacher's error: two batches of two samples, and twice the steps
+ESTIMATE = 2 * (5 + 10)  # steps for the teacher's error: two batches of two samples, and twice the steps
+TEACHER = 5 * (2 + 2)  # four training and three validation samples, in batches of two
+# three trial samples are two batches: the first call of each is made once, then a trial takes two steps up to the
+# second row and two to the end
+START, TRIAL = 2, 2 * (2 + 2)
 pytestmark = [pytest.mark.filterwarnings("ignore:.*torchvision.*"), pytest.mark.xdist_group("processes")]
 
 
-# --- the server -------------------------------------------------------------------------------------------------------
-
-
-def arm(kind, number, counts):
-    """Make this process die, or interrupt it, when something is done for the number-th time; count what is done. The
-    steps of the preflight, which writes nothing, do not count."""
-    trying = []
-
-    def reached(what):
-        if trying:
-            return False
-        counts[what] = counts.get(what, 0) + 1
-        return kind == what and counts[what] == number
-
-    def die():
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    step, replace, fsync, add = ProbeScheduler.step, os.replace, os.fsync, Journal.add
-
-    def preflight(*args, **kwargs):
-        trying.append(0)
-        found = plain_preflight(*args, **kwargs)
-        trying.clear()
-        return found
-
-    plain_preflight, run_module.preflight = run_module.preflight, preflight
-
-    def dying_step(self, *args, **kwargs):
-        if reached("step"):
-            die()
-        if reached("interrupt"):
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(self, *args, **kwargs)
-
-    def dying_replace(source, target):
-        if reached("before rename"):
-            die()
-        replace(source, target)
-        if reached("after rename"):
-            die()
-
-    def dying_fsync(handle):
-        if reached("half written"):
-            os.ftruncate(handle, os.fstat(handle).st_size // 2)
-            die()
-        fsync(handle)
-
-    def dying_add(self, task, result):
-        if reached("torn line"):
-            with self.file.open("a") as file:
-                file.write('{"key": "torn')
-            die()
-        add(self, task, result)
-
-    ProbeScheduler.step, Journal.add = dying_step, dying_add
-    os.replace = dying_replace
-    os.fsync = lambda handle: dying_fsync(handle) if not os.path.isdir(f"/proc/self/fd/{handle}") else fsync(handle)
-
-
-def child(job):
-    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.environ.update(job["environment"])
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without it
-    counts, status = {}, 0
-    Path(job["log"]).with_suffix(".pid").write_text(str(os.getpid()))
-    arm(*job["end"], counts)
-    try:
-        main(job["argv"])
-    except SystemExit as stop:
-        status = stop.code
-    except BaseException:
-        traceback.print_exc()
-        status = 1
-    Path(job["log"]).with_suffix(".counts").write_text(json.dumps(counts))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
-def serve():
-    torch.set_num_threads(1)
-    for line in sys.stdin:
-        children = []
-        for job in json.loads(line):
-            pid = os.fork()
-            if pid == 0:
-                child(job)
-            children.append(pid)
-        print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]), flush=True)
-
-
-class Forks:
-    """The server, seen from a test."""
-
-    def __init__(self, folder):
-        self.folder, self.count = folder, 0
-        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-
-    def run(self, *jobs):
-        """Commands at the same time, each (arguments, (kind, number), environment); exit codes and what they print."""
-        described = []
-        for argv, end, environment in jobs:
-            self.count += 1
-            log = str(self.folder / f"{self.count}.log")
-            described.append({"argv": argv, "end": end, "environment": environment, "log": log})
-        self.process.stdin.write(json.dumps(described) + "\n")
-        self.process.stdin.flush()
-        codes = json.loads(self.process.stdout.readline())
-        return codes, [Path(job["log"]).read_text() for job in described]
-
-    def counts(self):
-        """What the last command did, by kind."""
-        return json.loads((self.folder / f"{self.count}.counts").read_text())
-
-    def close(self):
-        self.process.stdin.close()
-        assert self.process.wait(timeout=60) == 0
-
-
-class Server(Forks):
-    """Searches with one model, each (method, output, (kind, number))."""
+class Searches(Forks):
+    """Searches with one model, each (method, output, (moment, number))."""
 
     def __init__(self, model, folder):
         super().__init__(folder)
@@ -178,26 +65,24 @@ class Server(Forks):
 
     def finish(self, method, output):
         """What it prints until it ends well."""
-        [code], [log] = self((method, output, (None, 0)))
+        [code], [log] = self((method, output, NEVER))
         assert code == 0 and "Traceback" not in log, log
         return log
 
 
 @pytest.fixture(scope="module")
-def server(model, tmp_path_factory):
-    server = Server(model, tmp_path_factory.mktemp("server"))
-    yield server
-    server.close()
+def searches(model, tmp_path_factory):
+    return Searches(model, tmp_path_factory.mktemp("logs"))
 
 
 @pytest.fixture(scope="module")
-def whole(server, tmp_path_factory):
+def whole(searches, tmp_path_factory):
     """method -> (result of an undisturbed run, what it counted, its folder)."""
     found = {}
     for method in METHODS:
         folder = tmp_path_factory.mktemp("whole") / method
-        server.finish(method, folder)
-        found[method] = result(folder), server.counts(), folder
+        searches.finish(method, folder)
+        found[method] = result(folder), searches.counts(), folder
     return found
 
 
@@ -215,80 +100,76 @@ def same(folder, whole, method):
     assert not (folder / "trials.jsonl").exists()
 
 
+def search(model, output, method="closed_form", **changes):
+    settings = {"pretrained_model_name_or_path": model, "output_dir": output, **SETTINGS[method], **changes}
+    main(["search", *arguments(settings)])
+
+
 # --- killed -----------------------------------------------------------------------------------------------------------
 
-
-def test_two_runs_agree_to_the_bit(server, whole, tmp_path):
-    for method in METHODS:
-        server.finish(method, tmp_path / method)
-        same(tmp_path / method, whole, method)
-
-
-# of everything of a kind that an undisturbed run does: the first, the last and some between
-MOMENTS = [(kind, part) for kind in ("step", "before rename", "after rename", "half written") for part in (0, 0.35, 1)]
-MOMENTS += [("step", part) for part in (0.1, 0.2, 0.6, 0.8)] + [("after rename", part) for part in (0.15, 0.6, 0.85)]
+# a run is killed after so many of each, the next one after twice as many, and so on; below 1: a share of all
+MOMENTS = {"step": 0.12, "before rename": 2, "after rename": 2, "half written": 2, "torn line": 2}
 
 
 @pytest.mark.parametrize(
-    "method, kind, part",
-    [(m, *moment) for m in METHODS for moment in MOMENTS] + [("closed_form", "torn line", p) for p in (0, 0.5, 1)],
+    "method, moment", [(m, moment) for m in METHODS for moment in MOMENTS if (m, moment) != ("paper", "torn line")]
 )
-def test_killed_at_any_moment(method, kind, part, server, whole, tmp_path):
-    """In the teacher, the search, the evaluation or while saving: the same result, evaluations included."""
-    number = 1 + round(part * (whole[method][1][kind] - 1))
-    [code], _ = server((method, tmp_path, (kind, number)))
-    assert code == -signal.SIGKILL
-    server.finish(method, tmp_path)
+def test_killed_again_and_again(method, moment, searches, whole, tmp_path):
+    """In the teacher, the search or while saving: the same result, evaluations included."""
+    every = MOMENTS[moment]
+    every = round(every * whole[method][1][moment]) if every < 1 else every
+    codes = []
+    while 0 not in codes and len(codes) < 12:
+        codes += searches((method, tmp_path, (moment, every * (len(codes) + 1))))[0]
+    assert codes == [-signal.SIGKILL] * (len(codes) - 1) + [0] and len(codes) >= 3
     same(tmp_path, whole, method)
 
 
-def test_killed_again_and_again(server, whole, tmp_path):
-    steps, codes = whole["closed_form"][1]["step"], [-signal.SIGKILL]
-    while codes[-1] and len(codes) < 30:
-        [code], _ = server(("closed_form", tmp_path, ("step", steps // 3)))
-        codes.append(code)
-    assert codes[-1] == 0 and len(codes) >= 4
+@pytest.mark.parametrize("moment", ["before rename", "half written"])
+def test_killed_at_the_first_write(moment, searches, whole, tmp_path):
+    [code], _ = searches(("closed_form", tmp_path, (moment, 1)))
+    assert code == -signal.SIGKILL
+    searches.finish("closed_form", tmp_path)
     same(tmp_path, whole, "closed_form")
 
 
-@pytest.mark.parametrize("method, spent", [("closed_form", 2 * 2 * 20), ("paper", 2 * 2 * 20)])
-def test_killed_teacher_loses_at_most_one_batch(method, spent, server, whole, tmp_path):
-    """20 steps a batch: killed in the first step of the second batch, the first is not run again."""
-    server((method, tmp_path, ("step", ESTIMATE + 21)))
+def test_killed_teacher_loses_at_most_one_batch(searches, whole, tmp_path):
+    """Five steps a batch: killed in the first step of the second batch, the first is not run again."""
+    searches(("closed_form", tmp_path, ("step", ESTIMATE + 5 + 1)))
     assert len(list((tmp_path / "cache").glob("reference-*.safetensors"))) == 2
-    server.finish(method, tmp_path)
-    assert server.counts()["step"] == whole[method][1]["step"] - ESTIMATE - 20
-    same(tmp_path, whole, method)
+    searches.finish("closed_form", tmp_path)
+    assert searches.counts()["step"] == whole["closed_form"][1]["step"] - ESTIMATE - 5
+    same(tmp_path, whole, "closed_form")
 
 
-def test_killed_search_replays_its_trials(server, whole, tmp_path):
-    """Only what follows the last finished trial is run."""
-    teacher = 20 * (2 + 2) + ESTIMATE  # batches of two
-    # three samples are two batches: the first call of each, then a trial of three steps up to each row and to the end
-    start, trial, before = 2, 2 * (2 + 3 + 3), 5
-    server(("closed_form", tmp_path, ("step", teacher + start + trial * before + 2)))
-    assert len((tmp_path / "trials.jsonl").read_text().splitlines()) == before
-    server.finish("closed_form", tmp_path)
-    assert (
-        server.counts()["step"] == whole["closed_form"][1]["step"] - teacher - trial * before
-    )  # the start is made anew
+def killed_in_a_trial(searches, folder, before):
+    """So many trials of the first step count are finished, the next one is not."""
+    searches(("closed_form", folder, ("step", ESTIMATE + TEACHER + START + TRIAL * before + 2)))
+    assert len((folder / "trials.jsonl").read_text().splitlines()) == before
+
+
+def test_killed_search_replays_its_trials(searches, whole, tmp_path):
+    """Only what follows the last finished trial is run, and the first calls."""
+    killed_in_a_trial(searches, tmp_path, 2)
+    searches.finish("closed_form", tmp_path)
+    assert searches.counts()["step"] == whole["closed_form"][1]["step"] - ESTIMATE - TEACHER - TRIAL * 2
     same(tmp_path, whole, "closed_form")
 
 
 # --- interrupted ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("part, finished", [(0.02, "no"), (0.7, "3")])
-def test_interrupt_leaves_a_usable_folder(part, finished, server, whole, tmp_path):
+@pytest.mark.parametrize("part, finished", [(0.02, "no"), (0.7, "2")])
+def test_interrupt_leaves_a_usable_folder(part, finished, searches, whole, tmp_path):
     number = round(part * whole["closed_form"][1]["step"])
-    [code], [log] = server(("closed_form", tmp_path, ("interrupt", number)))
+    [code], [log] = searches(("closed_form", tmp_path, ("interrupt", number)))
     line = f"interrupted; {tmp_path} holds solvers for {finished} calls; the same command goes on from there"
     assert code == 130 and log.splitlines()[-1] == f"dssolver_search search: {line}" and "Traceback" not in log
     assert not list(tmp_path.rglob("*.tmp"))
-    if finished == "3":
-        assert DSSolverScheduler.from_pretrained(tmp_path).tables == (3,)
-    assert finished == "no" or "going on" in server.finish("closed_form", tmp_path)
-    server.finish("closed_form", tmp_path)
+    if finished == "2":
+        assert DSSolverScheduler.from_pretrained(tmp_path).tables == (2,)
+    said = searches.finish("closed_form", tmp_path)
+    assert ("going on" in said) == (finished == "2")
     same(tmp_path, whole, "closed_form")
 
 
@@ -296,8 +177,8 @@ def test_interrupt_leaves_a_usable_folder(part, finished, server, whole, tmp_pat
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_two_searches_in_one_folder(method, server, whole, tmp_path):
-    codes, logs = server(*[(method, tmp_path, (None, 0))] * 2)
+def test_two_searches_in_one_folder(method, searches, whole, tmp_path):
+    codes, logs = searches(*[(method, tmp_path, NEVER)] * 2)
     assert codes == [0, 0], logs
     assert result(tmp_path)[0]["solvers"] == whole[method][0][0]["solvers"]
     assert not list(tmp_path.rglob("*.tmp"))
@@ -358,92 +239,116 @@ DAMAGES = {
     "no keys": lambda data: b"{}",
     "nested": lambda data: b"[" * 100_000,
 }
-damaged = pytest.mark.parametrize("damage", DAMAGES)
 
 
-def search(model, output, method="closed_form", **changes):
-    settings = {"pretrained_model_name_or_path": model, "output_dir": output, **SETTINGS[method], **changes}
-    main(["search", *arguments(settings)])
-
-
-def lines_about_damage(capsys):
-    captured = capsys.readouterr().err
-    assert "Traceback" not in captured
-    return [line for line in captured.splitlines() if "damaged and left out" in line]
-
-
-@damaged
-def test_damaged_reference_is_made_anew(damage, model, whole, tmp_path, capsys):
-    _, _, folder = whole["closed_form"]
-    shutil.copytree(folder / "cache", tmp_path / "cache")
-    file = sorted((tmp_path / "cache").iterdir())[2]
-    before = read_tensors(file)[0]["states"]
+def spoil(file, damage="truncated"):
     file.write_bytes(DAMAGES[damage](file.read_bytes()))
-    search(model, tmp_path, nfe=[3], fill_nfe=[], trials=1, polish=0)
-    [line] = lines_about_damage(capsys)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_noticed(damage, tmp_path):
+    record, tensors = tmp_path / "x.json", tmp_path / "x.safetensors"
+    write_record(record, {"a": 1.5})
+    write_tensors(tensors, {"x": torch.ones(3)}, {"of": "x"})
+    for file, read in ((record, read_record), (tensors, read_tensors)):
+        spoil(file, damage)
+        with pytest.raises(Damaged):
+            read(file)
+
+
+def test_what_is_damaged_or_missing_is_made_anew(tmp_path, capsys):
+    """All at once; what is whole is not touched."""
+    files, calls = [tmp_path / "cache" / name for name in "abc"], []
+
+    def make():
+        calls.append(0)
+        return [({"x": torch.full((2,), float(k))}, {"call": str(len(calls))}) for k in range(3)]
+
+    def values(found):
+        return [(tensors["x"].tolist(), facts["call"]) for tensors, facts in found]
+
+    first = kept_all(files, make)
+    assert values(kept_all(files, make)) == values(first) == [([k, k], "1") for k in range(3)] and len(calls) == 1
+    spoil(files[1])
+    files[2].unlink()
+    again = kept_all(files, make)
+    assert values(again) == [([0, 0], "1"), ([1, 1], "2"), ([2, 2], "2")] == values(kept_all(files, make))
+    assert len(calls) == 2 and capsys.readouterr().err.count(f"{files[1]} is damaged and made anew: ") == 1
+    assert values(kept_all([None] * 3, make)) == [([k, k], "3") for k in range(3)]
+
+
+def copied(whole, tmp_path, method="closed_form"):
+    return Path(shutil.copytree(whole[method][2], tmp_path / "out"))
+
+
+def test_damaged_reference_is_made_anew(model, whole, tmp_path, capsys):
+    file = sorted((copied(whole, tmp_path) / "cache").iterdir())[2]
+    before = read_tensors(file)[0]["states"]
+    spoil(file, "flipped")
+    search(model, tmp_path / "out")
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "is damaged" in line]
     assert str(file) in line and "made anew" in line
     torch.testing.assert_close(read_tensors(file)[0]["states"], before)
 
 
-@pytest.mark.parametrize("damage", [*DAMAGES, "other digit"])
-def test_damaged_state_is_left_out_for_the_one_before(damage, server, whole, tmp_path):
-    _, _, folder = whole["closed_form"]
-    shutil.copytree(folder, tmp_path / "out")
-    file = tmp_path / "out" / STATE
-    file.write_bytes((other_digit if damage == "other digit" else DAMAGES[damage])(file.read_bytes()))
-    with pytest.raises(Damaged):
-        read_record(file)
-    log = server.finish("closed_form", tmp_path / "out")
+def test_damaged_state_is_left_out_for_the_one_before(searches, whole, tmp_path):
+    file = copied(whole, tmp_path) / STATE
+    file.write_bytes(other_digit(file.read_bytes()))
+    log = searches.finish("closed_form", tmp_path / "out")
     assert sum("damaged and left out" in line and str(file) in line for line in log.splitlines()) == 1
-    assert "going on in" in log and "solvers for 3, 4" in log
+    assert "going on in" in log and "solvers for 2, 3" in log
     same(tmp_path / "out", whole, "closed_form")
 
 
-def test_without_any_state_the_search_starts_over_from_its_references(server, whole, tmp_path):
-    _, counts, folder = whole["closed_form"]
-    shutil.copytree(folder, tmp_path / "out")
+def test_without_any_state_the_search_starts_over_from_its_references(searches, whole, tmp_path):
     for name in (STATE, PREVIOUS):
-        (tmp_path / "out" / name).write_text("{")
-    log = server.finish("closed_form", tmp_path / "out")
+        (copied(whole, tmp_path) if name == STATE else tmp_path / "out").joinpath(name).write_text("{")
+    log = searches.finish("closed_form", tmp_path / "out")
     assert log.count("damaged and left out") == 2 and "starts over from its references" in log
-    assert server.counts()["step"] == counts["step"] - 20 * (2 + 2)
+    assert searches.counts()["step"] == whole["closed_form"][1]["step"] - TEACHER
     same(tmp_path / "out", whole, "closed_form")
 
 
-@pytest.mark.parametrize("spoil", [lambda file: file.unlink(), lambda file: file.write_text('{"solvers": ')])
-def test_spoilt_result_is_written_again(spoil, server, whole, tmp_path):
-    shutil.copytree(whole["closed_form"][2], tmp_path / "out")
-    spoil(tmp_path / "out" / "scheduler_config.json")
-    server.finish("closed_form", tmp_path / "out")
-    same(tmp_path / "out", whole, "closed_form")
+def test_spoilt_result_is_written_again(model, whole, tmp_path):
+    file = copied(whole, tmp_path) / "scheduler_config.json"
+    for spoilt in (lambda: file.unlink(), lambda: file.write_text('{"solvers": ')):
+        spoilt()
+        search(model, tmp_path / "out")
+        same(tmp_path / "out", whole, "closed_form")
 
 
-@pytest.mark.parametrize("damage", ["empty", "truncated", "flipped", "zeros", "no keys", "foreign"])
-def test_damaged_or_foreign_checkpoint_is_left_out(damage, server, whole, tmp_path):
+def test_damaged_checkpoint_is_left_out(searches, whole, tmp_path):
     """Killed after some updates; its checkpoint then spoilt: the fit starts over."""
-    server(("paper", tmp_path, ("step", round(0.8 * whole["paper"][1]["step"]))))
-    file = tmp_path / "paper-3.safetensors"
-    tensors, metadata = read_tensors(file)
-    if damage == "foreign":
-        write_tensors(file, {k: v + 1 for k, v in tensors.items()}, {**metadata, "key": "of another search"})
-    else:
-        file.write_bytes(DAMAGES[damage](file.read_bytes()))
-    log = server.finish("paper", tmp_path)
-    assert (f"{file} is damaged and left out" in log) == (damage != "foreign")
+    searches(("paper", tmp_path, ("step", round(0.8 * whole["paper"][1]["step"]))))
+    spoil(tmp_path / "paper-3.safetensors")
+    log = searches.finish("paper", tmp_path)
+    assert f"{tmp_path / 'paper-3.safetensors'} is damaged and left out" in log
     same(tmp_path, whole, "paper")
 
 
-def test_damaged_line_of_the_journal_is_left_out(server, whole, tmp_path):
-    before, trial = ESTIMATE + 20 * (2 + 2), 2 * (2 + 3 + 3)
-    server(("closed_form", tmp_path, ("step", before + 2 + trial * 5 + 2)))
+@pytest.mark.parametrize("damage", ["empty", "flipped", "foreign"])
+def test_damaged_or_foreign_checkpoint_is_no_start(damage, tmp_path, capsys):
+    bowl, file = Bowl(), tmp_path / "fit.safetensors"
+    best = fit_bowl(Bowl(), 6, checkpoint=file, key="a search")
+    if damage != "foreign":
+        spoil(file, damage)
+    key = "another search" if damage == "foreign" else "a search"
+    updates = []
+    assert fit_bowl(bowl, 6, loss_of=lambda i: updates.append(i) or bowl.loss(i), checkpoint=file, key=key) == best
+    assert updates == list(range(6))
+    assert (f"{file} is damaged and left out" in capsys.readouterr().err) == (damage != "foreign")
+
+
+def test_damaged_line_of_the_journal_is_left_out(searches, whole, tmp_path):
+    killed_in_a_trial(searches, tmp_path, 2)
     file = tmp_path / "trials.jsonl"
     lines = file.read_bytes().splitlines(keepends=True)
-    file.write_bytes(lines[0] + flip(lines[1], 40) + b"\xff\n" + lines[2] + b"[]\n")
+    file.write_bytes(lines[0] + flip(lines[1], 40) + b"\xff\n" + b"[]\n")
     with (tmp_path / "metrics.jsonl").open("a") as metrics:
         metrics.write('{"nfe": 3, "warp"')
-    log = server.finish("closed_form", tmp_path)
+    log = searches.finish("closed_form", tmp_path)
     assert log.count("trials.jsonl, line") == 3 == log.count("damaged and left out")
-    assert server.counts()["step"] == whole["closed_form"][1]["step"] - before - trial * 2
+    assert searches.counts()["step"] == whole["closed_form"][1]["step"] - ESTIMATE - TEACHER - TRIAL
     same(tmp_path, whole, "closed_form")
 
 
@@ -464,7 +369,7 @@ def test_old_partial_files_are_removed(model, tmp_path):
     for file in (old, young):
         file.write_text("half")
     os.utime(old, (0, 0))
-    search(model, tmp_path, nfe=[3], fill_nfe=[], trials=1, polish=0)
+    search(model, tmp_path, nfe=[2], fill_nfe=[], trials=1, polish=0)
     assert not old.exists() and young.exists()  # this one may belong to a living writer
 
 
@@ -472,7 +377,7 @@ def test_old_partial_files_are_removed(model, tmp_path):
 
 
 def test_resume_from_checkpoint(model, whole, tmp_path, capsys):
-    shutil.copytree(whole["closed_form"][2], tmp_path / "out")
+    copied(whole, tmp_path)
     with pytest.raises(SystemExit) as stop:
         search(model, tmp_path / "out", resume_from_checkpoint="none")
     line = capsys.readouterr().err.splitlines()[-1]
@@ -480,11 +385,19 @@ def test_resume_from_checkpoint(model, whole, tmp_path, capsys):
     search(model, tmp_path / "out", resume_from_checkpoint="latest")
     assert "going on in" in capsys.readouterr().err
     same(tmp_path / "out", whole, "closed_form")
-    search(model, tmp_path / "new", nfe=[3], fill_nfe=[], trials=1, polish=0, resume_from_checkpoint="latest")
-    assert DSSolverScheduler.from_pretrained(tmp_path / "new").tables == (3,)
-    with pytest.raises(SystemExit):
-        search(model, tmp_path / "new", resume_from_checkpoint="checkpoint-7")
-    assert "resume_from_checkpoint is 'checkpoint-7'" in capsys.readouterr().err
+    search(model, tmp_path / "new", nfe=[2], fill_nfe=[], trials=1, polish=0, resume_from_checkpoint="latest")
+    assert DSSolverScheduler.from_pretrained(tmp_path / "new").tables == (2,)
+
+
+def test_state_of_an_earlier_version_is_gone_on_with(model, whole, tmp_path, capsys):
+    """It has the settings and figures of what was removed since."""
+    assert GONE.keys() == REMOVED.keys()  # at their defaults they are part of its key
+    folder = copied(whole, tmp_path)
+    state = read_record(folder / STATE)
+    write_record(folder / STATE, {**state, "derived": {}, "derived_network_evaluations": 8})
+    search(model, folder)
+    assert "going on in" in capsys.readouterr().err
+    assert read_record(folder / STATE)["solvers"] == state["solvers"]
 
 
 # --- NaN and divergence -----------------------------------------------------------------------------------------------
@@ -565,14 +478,13 @@ def test_killed_fit_with_roll_backs_goes_on_to_the_same_result(killed_at, tmp_pa
 
 
 def test_paper_search_survives_a_nan(model, tmp_path, monkeypatch, capsys):
-    update, updates = fit_module._update, []
+    loss, updates = paper_module.paper_loss, []
 
-    def spoils_the_third(parameters, optimizer, loss_of, *args):
+    def spoils_the_third(*args):
         updates.append(args)
-        spoil = float("nan") if len(updates) == 3 else 1.0
-        return update(parameters, optimizer, lambda i: loss_of(i) * spoil, *args)
+        return loss(*args) * (float("nan") if len(updates) == 3 else 1.0)
 
-    monkeypatch.setattr(fit_module, "_update", spoils_the_third)
+    monkeypatch.setattr(paper_module, "paper_loss", spoils_the_third)
     search(model, tmp_path, "paper")
     assert "update 3: the loss or its gradient is nan; rolled back to the best (1)" in capsys.readouterr().err
     assert DSSolverScheduler.from_pretrained(tmp_path).tables == (3,) and len(updates) == 4
@@ -586,9 +498,5 @@ def test_paper_search_survives_steps_that_vanish(model, tmp_path, capsys):
     assert stop.value.code == 2 and "choose a smaller learning_rate" in err.splitlines()[-1]
 
 
-def test_state_module_pickles_nothing():
-    assert "pickle" not in Path(state_module.__file__).read_text() + Path(fit_module.__file__).read_text()
-
-
-if __name__ == "__main__":
-    serve()
+def test_storage_pickles_nothing():
+    assert "pickle" not in Path(storage.__file__).read_text() + Path(paper_module.__file__).read_text()

@@ -3,7 +3,6 @@ feature networks against their own image processors, what it refuses, and a sear
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import re
@@ -17,20 +16,23 @@ from torch.nn.utils import vector_to_parameters
 
 from diffusers_dssolver.pipelines import SiTPipeline
 from dssolver_search.images.networks import FeatureNetwork, distance, load_feature_network
-from dssolver_search.methods import search as run_module
-from dssolver_search.methods.closed_form import ClosedForm
-from dssolver_search.methods.gauss_newton import around
+from dssolver_search.methods import gradient
+from dssolver_search.methods import setup as search_setup
+from dssolver_search.methods.closed_form import fit, validated
+from dssolver_search.methods.gauss_newton import parametrised
+from dssolver_search.methods.gradient import PerceptualDescent
 from dssolver_search.methods.objective import terminal_loss
-from dssolver_search.methods.perceptual import Perceptual, PerceptualDescent
+from dssolver_search.methods.parameters import current
+from dssolver_search.methods.perceptual import Perceptual
 from dssolver_search.pipeline.loading import freeze
-from dssolver_search.pipeline.probe import run
-from dssolver_search.pipeline.sampler import Sampler
+from dssolver_search.pipeline.plan import Plan
 from dssolver_search.settings import GROUPS, SearchConfig
-from dssolver_search.teacher.trajectories import reference
+from dssolver_search.teacher.ends import even_nodes
+from tests.families import WARP, make_pipe, make_scheduler, make_student, problem_of
 from tests.pipelines.zoo import ZOO, make_vae, scaled
 from tests.search.test_gradient import GRADIENT
-from tests.search.test_preflight import exact, make_probe, sampler_of  # noqa: F401
-from tests.search.test_search import WARP, alone, lines_of, make_pipe, make_scheduler, search
+from tests.searches import lines_of, search
+from tests.zoo_students import student_of
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*torchvision.*", "ignore:Converting a tensor.*", "ignore:.*FluxPosEmbed.*:FutureWarning"
@@ -84,26 +86,23 @@ def latent_sit():
 
 
 def latent(name):
-    """A sampler whose pipeline decodes latents, in float64."""
-    return Sampler(latent_sit(), {"guidance_scale": 1.5}) if name == "SiT" else sampler_of(name)
+    """A student whose pipeline decodes latents, in float64."""
+    return make_student(latent_sit()) if name == "SiT" else student_of(name)
 
 
-def form_of(sampler, samples=3):
-    """References of few steps, in float64."""
-    probe = make_probe(sampler)
-
-    def made(split):
-        found = reference(sampler, probe, range(samples), split, 6, 2, samples, progress=False)
-        return range(samples), dataclasses.replace(found, states=found.states.double())
-
-    return ClosedForm(sampler, probe, made("train"), made("validation"), samples, alone, batch_size=2)
+def of(student, samples=3):
+    """A problem with trajectories of few steps, in float64."""
+    problem = problem_of(student, samples, steps=6, batch_size=2)
+    for samples in (problem.train, problem.validation):
+        object.__setattr__(samples.teacher, "states", samples.teacher.states.double())
+    return problem
 
 
-def perceptual_of(form):
-    found = Perceptual(make_network(), form.sampler, form.probe)
+def perceptual_of(problem):
+    found = Perceptual(make_network(), problem.student)
     found.check()
-    for split, samples in (("train", form.train), ("validation", form.validation)):
-        found.remember(split, list(form.batches(samples)))
+    for samples in (problem.train, problem.validation):
+        found.remember(problem, samples)
     return found
 
 
@@ -153,24 +152,22 @@ def test_gray_images_and_frames_are_pictures_too():
 
 
 @pytest.mark.parametrize("name", LATENT)
-def test_gradient_is_the_central_difference(name, exact):  # noqa: F811
-    form = form_of(latent(name), 3 if name == "SiT" else 2)
-    perceptual = perceptual_of(form)
-    found = form.fit(3, WARP, 1e-3)
-    parameters = around(form, found)
-    torch.manual_seed(0)
+def test_gradient_is_the_central_difference(name, exact):
+    problem = of(latent(name), 3 if name == "SiT" else 2)
+    perceptual = perceptual_of(problem)
+    found = fit(problem, 3, WARP, 1e-3, problem.train)
+    parameters = parametrised(problem, found)
+    torch.manual_seed(1)
     start = 0.05 * torch.randn(parameters.count, dtype=torch.float64)
     vector_to_parameters(start, parameters.parameters())
-    descent = PerceptualDescent(form, found, parameters, perceptual)
+    descent = PerceptualDescent(problem, found, parameters, perceptual)
     value = descent.value()
-    gradient = torch.cat([p.grad.flatten() for p in parameters.parameters()])
+    gradients = torch.cat([p.grad.flatten() for p in parameters.parameters()])
 
     def loss(vector):
         vector_to_parameters(vector, parameters.parameters())
-        raw, rows, offsets = parameters.numbers()
-        form.probe.prepare(raw, rows, offsets=offsets, decode=True)
-        indices, _ = form.train
-        return float(perceptual.loss(perceptual.images(indices, "train", 3)[1], "train", indices))
+        run = perceptual.run(current(parameters), problem.train.indices, "train")
+        return float(perceptual.loss(run.output, problem.train))
 
     assert value == pytest.approx(loss(start), rel=1e-8)  # the sum over batches
     at = 0
@@ -181,53 +178,54 @@ def test_gradient_is_the_central_difference(name, exact):  # noqa: F811
         # pixels are cut off at 0 and 1, times are float32 in places: differences of several sizes, the nearest counts
         slopes = [(loss(start + h * way) - loss(start - h * way)) / (2 * h) for h in (1e-3, 3e-4, 1e-4)]
         assert abs(slopes[0]) > 1e-6, group
-        nearest = min(slopes, key=lambda s: abs(s - float(gradient @ way)))
-        assert float(gradient @ way) == pytest.approx(nearest, rel=2e-3), group
+        nearest = min(slopes, key=lambda s: abs(s - float(gradients @ way)))
+        assert float(gradients @ way) == pytest.approx(nearest, rel=2e-3), group
         at += size
 
 
 @pytest.mark.parametrize("name", [*LATENT, "DiT", "Wan"])
-def test_the_teachers_own_images_have_no_distance_and_cost_one_evaluation(name, exact):  # noqa: F811
+def test_the_teachers_own_images_have_no_distance_and_cost_one_evaluation(name, exact):
     """The final state in place of the last step's, in a call of one step and in one of two; DiT and Stable Diffusion
     hold each state twice, Wan gives frames."""
-    sampler = latent(name)
-    form = form_of(sampler, 2)
-    perceptual = Perceptual(make_network(), sampler, form.probe)
+    student = latent(name)
+    sampler, problem = student.sampler, of(student, 2)
+    perceptual = Perceptual(make_network(), student)
     before = sampler.network_evaluations
     perceptual.check()
     assert sampler.network_evaluations == before
-    indices, teacher = form.train
-    perceptual.remember("train", list(form.batches(form.train)))
+    train = problem.train
+    perceptual.remember(problem, train)
     per_step = 2  # guidance
-    assert sampler.network_evaluations - before == per_step * len(indices)
+    assert sampler.network_evaluations - before == per_step * len(train)
     for nfe in (1, 2):
-        form.probe.prepare(torch.linspace(1, 0, nfe + 1, dtype=torch.float64), final=teacher.final, decode=True)
-        states, images = perceptual.images(indices, "train", nfe)
-        torch.testing.assert_close(states[-1][:2], teacher.final)
+        run = perceptual.run(Plan(even_nodes(nfe)), train.indices, "train", train.teacher.final)
+        images = run.output
+        torch.testing.assert_close(run.final, train.teacher.final)
         assert images.shape[-3] == 3 and 0 <= images.min() < images.max() <= 1
-        assert float(perceptual.loss(images, "train", indices)) < 1e-12
-        assert float(perceptual.loss(images.flip(0), "train", indices)) > 1e-8
-    halves = [float(perceptual.loss(images.flip(0)[i : i + 1], "train", [i])) for i in (0, 1)]
-    assert float(perceptual.loss(images.flip(0), "train", indices)) == pytest.approx(sum(halves) / 2, rel=1e-9)
+        assert float(perceptual.loss(images, train)) < 1e-12
+        assert float(perceptual.loss(images.flip(0), train)) > 1e-8
+    halves = [float(perceptual.loss(images.flip(0)[i : i + 1], train.part(i, i + 1))) for i in (0, 1)]
+    assert float(perceptual.loss(images.flip(0), train)) == pytest.approx(sum(halves) / 2, rel=1e-9)
     assert "output_type" not in sampler.call
 
 
-def test_a_run_without_images_ends_as_before(exact):  # noqa: F811
-    """After one that decoded, whose plan must not stay."""
-    form = form_of(latent("SiT"), 2)
-    perceptual_of(form)
+def test_a_run_without_images_decodes_nothing(exact):
+    """After one that did."""
+    problem = of(latent("SiT"), 2)
+    perceptual_of(problem)
     decoded = []
-    form.sampler.pipe.vae.register_forward_hook(lambda *args: decoded.append(args))
-    form.probe.prepare(torch.linspace(1, 0, 4, dtype=torch.float64))
-    states = run(form.sampler, form.probe, range(2), "train", 3)
-    plain = form.sampler(range(2), "train", 3, output_type="latent")
-    assert len(states) == 4 and not decoded and form.probe.output is None
-    assert plain[0].shape == states[-1].shape
+    sampler = problem.student.sampler
+    handle = sampler.pipe.vae.register_forward_hook(lambda *args: decoded.append(args))
+    run = problem.student.run(Plan(even_nodes(3)), range(2), "train")
+    plain = sampler(range(2), "train", 3, output_type="latent")
+    handle.remove()
+    assert len(run.states) == 4 and not decoded and run.output is None
+    assert plain[0].shape == run.final.shape
 
 
-def test_a_safety_checker_is_left_out_and_put_back(exact):  # noqa: F811
-    sampler = sampler_of("Stable Diffusion")
-    seen = []
+def test_a_safety_checker_is_left_out_and_put_back(exact):
+    student = student_of("Stable Diffusion")
+    pipe, seen = student.sampler.pipe, []
 
     class Checker(nn.Module):
         device, dtype = torch.device("cpu"), torch.float64
@@ -235,22 +233,20 @@ def test_a_safety_checker_is_left_out_and_put_back(exact):  # noqa: F811
         def forward(self, *args, **kwargs):
             seen.append(args)
 
-    checker = vars(sampler.pipe)["safety_checker"] = Checker()
+    checker = vars(pipe)["safety_checker"] = Checker()
     try:
-        form = form_of(sampler, 2)
-        perceptual_of(form)
-        assert not seen and sampler.pipe.safety_checker is checker
+        perceptual_of(of(student, 2))
+        assert not seen and pipe.safety_checker is checker
     finally:
-        vars(sampler.pipe)["safety_checker"] = None
+        vars(pipe)["safety_checker"] = None
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in ZOO if n not in ("SDXL base", "LTX condition")])
 def test_any_pipeline_gives_images_with_a_gradient(name):
     """SDXL base takes a part of the times; LTX condition puts noise of the last time into its condition."""
-    sampler = sampler_of(name, torch.float32)
     shape = " x ".join(map(str, (*ZOO[name].shape[:-3], 3, *ZOO[name].shape[-3:-1])))
-    assert shape in Perceptual(make_network(), sampler, make_probe(sampler)).check()
+    assert shape in Perceptual(make_network(), student_of(name, torch.float32)).check()
 
 
 # --- feature networks -------------------------------------------------------------------------------------------------
@@ -371,9 +367,8 @@ class Wide(nn.Module):
 )
 def test_networks_that_do_not_serve_are_refused(network, reason):
     pipe = freeze(make_pipe("flow"))
-    sampler = Sampler(pipe, {"guidance_scale": 1.5})
     with pytest.raises(ValueError, match=f"^feature_network 'mine' {reason}"):
-        Perceptual(FeatureNetwork(network(), "mine"), sampler, make_probe(sampler)).check()
+        Perceptual(FeatureNetwork(network(), "mine"), make_student(pipe)).check()
 
 
 # --- pipelines that are refused ---------------------------------------------------------------------------------------
@@ -428,11 +423,11 @@ REFUSED = [
 def test_pipelines_without_differentiable_images_are_refused(cls, reason):
     source = make_pipe("flow")
     pipe = freeze(cls(source.transformer, source.scheduler))
-    sampler = Sampler(pipe, {"guidance_scale": 1.5})
+    student = make_student(pipe)
     with pytest.raises(ValueError, match=re.escape(reason)) as refused:
-        Perceptual(make_network(), sampler, make_probe(sampler)).check()
+        Perceptual(make_network(), student).check()
     assert "\n" not in str(refused.value) and str(refused.value).endswith("use objective terminal")
-    assert pipe.scheduler is source.scheduler and sampler.call == {"guidance_scale": 1.5}
+    assert pipe.scheduler is source.scheduler and student.sampler.call == {"guidance_scale": 1.5}
     assert torch.is_grad_enabled()
 
 
@@ -442,14 +437,6 @@ PERCEPTUAL = {
     **GRADIENT, "objective": "perceptual", "feature_network": f"{__name__}:factory", "batch_size": 3, "polish": 0,
     "trials": 1, "gradient_calls": 1,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """In whose pixel space an image in [0, 1] is next to nowhere cut off."""
-    folder = tmp_path_factory.mktemp("models")
-    make_pipe("flow").save_pretrained(folder)
-    return folder
 
 
 def facts_of(folder):
@@ -479,29 +466,30 @@ def test_a_search_lowers_the_held_out_perceptual_loss(model, tmp_path, capsys):
 
 def test_the_descent_keeps_what_is_best_by_its_own_loss():
     """Not by the final states' error: the stage is judged by what it minimises."""
-    sampler = Sampler(freeze(make_pipe("flow")), {"guidance_scale": 1.5})
-    form = form_of(sampler)
-    perceptual = perceptual_of(form)
-    found = form.validated(form.fit(3, (0.0, 0.0, 0.0), 1e-3))
-    seen = []
-    descent = PerceptualDescent(form, found, around(form, found), perceptual, lambda *both: seen.append(both))
-    better = descent.run("adam", 12, 3e-2)
-    loss, mse = perceptual.held_out(form, better.raw, better.spec.coefficients, better.offsets)
-    assert loss == pytest.approx(descent.reached, rel=1e-4) and mse == pytest.approx(better.validation_mse, rel=1e-4)
-    assert descent.reached == min(best for _, best in seen) < descent.before
-    again = form.mean_square(form.errors("validation", better.raw, better.spec.coefficients, offsets=better.offsets))
-    assert mse == pytest.approx(again, rel=1e-4)
+    problem = of(make_student(freeze(make_pipe("flow", dtype=torch.float64))))
+    perceptual = perceptual_of(problem)
+    found = validated(problem, fit(problem, 3, (0.0, 0.0, 0.0), 1e3, problem.train))
+    seen, numbers = [], parametrised(problem, found)
+    descent = PerceptualDescent(problem, found, numbers, perceptual, lambda loss, descent: seen.append(descent.reached))
+    better = descent.run(7)
+    loss, mse = perceptual.held_out(problem, better.plan)
+    assert loss == pytest.approx(descent.reached, rel=1e-9) and mse == pytest.approx(better.validation_mse, rel=1e-9)
+    assert descent.reached == min(seen) < descent.before
+    assert mse == pytest.approx(problem.score(better.plan), rel=1e-9)
 
 
 @pytest.mark.parametrize("counts", [[7], [6, 7]])
 def test_more_than_six_calls_fall_back_with_a_line(counts, model, tmp_path, monkeypatch, capsys):
     seen = []
-    plain = run_module.Descent
-    monkeypatch.setattr(run_module, "Descent", lambda *args: seen.append(args[3]) or plain(*args))
+    plain = gradient.Descent.__init__
+    monkeypatch.setattr(
+        gradient.Descent, "__init__", lambda self, *args: seen.append((type(self), args[3])) or plain(self, *args)
+    )
     if counts == [7]:
-        monkeypatch.setattr(run_module, "load_feature_network", lambda *args: pytest.fail("it is not needed"))
+        monkeypatch.setattr(search_setup, "load_feature_network", lambda *args: pytest.fail("it is not needed"))
     search(model, tmp_path, PERCEPTUAL, nfe=counts)
-    assert seen == [terminal_loss]
+    assert [loss for kind, loss in seen if kind is gradient.Descent] == [terminal_loss]
+    assert len(seen) == len(counts)
     assert "objective perceptual is for up to 6 calls; terminal takes its place at 7" in capsys.readouterr().err
     results = facts_of(tmp_path)["results"]
     assert [n for n in results if "validation_perceptual" in results[n]["stages"][-1]] == [str(n) for n in counts[:-1]]
@@ -515,7 +503,7 @@ def test_more_than_six_calls_fall_back_with_a_line(counts, model, tmp_path, monk
     ],
 )
 def test_a_search_that_cannot_work_ends_before_its_references(changes, reason, model, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run_module, "reference", lambda *args: pytest.fail("work was spent"))
+    monkeypatch.setattr(search_setup, "teacher_trajectory", lambda *args: pytest.fail("work was spent"))
     with pytest.raises(SystemExit):
         search(model, tmp_path, PERCEPTUAL, **changes)
     error = capsys.readouterr().err.strip().splitlines()[-1]

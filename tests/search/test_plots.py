@@ -30,7 +30,8 @@ from dssolver_search.artefacts.plots import (
 from dssolver_search.artefacts.read import read_metrics
 from dssolver_search.cli import main
 from dssolver_search.measure.pictures import WIDTH, error_figure, rendered
-from tests.search.test_search import make_path, refused, search
+from tests.families import make_path
+from tests.searches import refused, search
 
 FLOW = {"prediction_type": "flow_prediction"}
 NAMES = ("nodes", "coefficients", "search", "error")

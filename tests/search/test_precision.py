@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
-from dssolver_search.methods.closed_form import ClosedForm
-from dssolver_search.methods.gauss_newton import polish
-from dssolver_search.methods.search import Search
+from dssolver_search.methods.closed_form import fit, validated
+from dssolver_search.methods.gauss_newton import parametrised, polish
+from dssolver_search.methods.setup import Setup
 from dssolver_search.pipeline.loading import load_pipeline, saved_dtype
-from dssolver_search.pipeline.probe import run
+from dssolver_search.pipeline.plan import Plan
 from dssolver_search.settings import SearchConfig
-from dssolver_search.teacher.trajectories import reference
-from tests.search.test_search import (
-    CLOSED_FORM,
-    alone,
-    both,
-    make_pipe,
-    make_probe,
-    make_sampler,
-    quiet_reference,
-    search,
-)
+from dssolver_search.teacher.ends import even_nodes
+from tests.families import both, make_pipe, make_student, problem_of, trajectory_of
+from tests.searches import CLOSED_FORM, search
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torchvision.*")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64, "float32": torch.float32}
@@ -54,7 +47,7 @@ def test_float16_is_warned_about(tmp_path, capsys):
     settings = {"pretrained_model_name_or_path": str(tmp_path / "model"), "nfe": [3], "fill_nfe": []}
 
     def opened(dtype):
-        Search(SearchConfig(**settings, output_dir=str(tmp_path / dtype), dtype=dtype))
+        Setup(SearchConfig(**settings, output_dir=str(tmp_path / dtype), dtype=dtype), Accelerator())
         captured = capsys.readouterr()
         return "float16 overflows" in captured.out + captured.err
 
@@ -62,22 +55,20 @@ def test_float16_is_warned_about(tmp_path, capsys):
 
 
 @both
-def test_carried_states_are_a_float32_solver_around_the_networks_of_the_run(family):
+def test_float32_states_are_a_float32_solver_around_the_networks_of_the_run(family):
     """Against a loop by hand: the network sees the rounded state, the solver its own."""
-    pipe = make_pipe(family).to(torch.bfloat16)
-    sampler = make_sampler(pipe, guidance_scale=1.0)
-    probe = make_probe(pipe)
-    nodes = torch.linspace(1, 0, 41, dtype=torch.float64)
-    probe.prepare(nodes, order=1, exact=True)
-    states = run(sampler, probe, range(2), "train", 40)
+    student = make_student(make_pipe(family, dtype=torch.bfloat16), guidance_scale=1.0)
+    transformer, nodes = student.sampler.pipe.transformer, even_nodes(40)
+    run = student.run(Plan(nodes, order=1, float32_states=True), range(2), "train")
+    states = run.states
     assert states[0].dtype == torch.bfloat16 and states[-1].dtype == torch.float32
     x = states[0].float()
-    alpha, sigma = probe.path.alpha_sigma(nodes)
+    alpha, sigma = student.path.alpha_sigma(nodes)
     labels = torch.tensor([0, 1])
-    for i, t in enumerate(probe.timesteps):
+    for i, t in enumerate(student.scheduler.timesteps):
         given = x.to(torch.bfloat16)
         with torch.no_grad():
-            output = pipe.transformer(given, timestep=t.expand(2), class_labels=labels, return_dict=False)[0].float()
+            output = transformer(given, timestep=t.expand(2), class_labels=labels, return_dict=False)[0].float()
         if family == "flow":
             x = x + (sigma[i + 1] - sigma[i]).float() * output
         else:
@@ -87,38 +78,31 @@ def test_carried_states_are_a_float32_solver_around_the_networks_of_the_run(fami
 
 
 @both
-def test_roundings_of_a_reference_do_not_add_up(family):
-    pipe = make_pipe(family).to(torch.bfloat16)
-    sampler, probe = make_sampler(pipe), make_probe(pipe)
-    nodes = torch.linspace(1, 0, 401, dtype=torch.float64)
-    finals = []
-    for exact in (False, True):
-        probe.prepare(nodes, order=3, exact=exact)
-        finals.append(run(sampler, probe, range(4), "train", 400)[-1].float())
-    made = reference(sampler, probe, range(4), "train", 400, 3, 4, progress=False)
-    assert torch.equal(made.final, finals[1])  # references are made that way
-    half = reference(sampler, probe, range(4), "train", 200, 3, 4, progress=False).final
-    rounded, carried = (float((final - half).square().mean()) for final in finals)
-    assert carried < 0.1 * rounded
+def test_roundings_of_a_teacher_do_not_add_up(family):
+    student = make_student(make_pipe(family, dtype=torch.bfloat16))
+    plans = [Plan(even_nodes(400), order=3, float32_states=kept) for kept in (False, True)]
+    rounded, kept = (student.run(plan, range(4), "train").final.float() for plan in plans)
+    made = trajectory_of(student, steps=400)
+    assert torch.equal(made.final, kept)  # trajectories are made that way
+    half = trajectory_of(student, steps=200).final
+    assert (kept - half).square().mean() < 0.1 * (rounded - half).square().mean()
 
 
 def test_a_state_that_the_pipeline_changed_is_taken_as_it_is():
-    pipe = make_pipe("flow").to(torch.bfloat16)
-    sampler, probe = make_sampler(pipe), make_probe(pipe)
-    nodes = torch.linspace(1, 0, 5, dtype=torch.float64)
+    student = make_student(make_pipe("flow", dtype=torch.bfloat16))
+    scheduler = student.scheduler
 
-    def final(exact, change):
-        probe.prepare(nodes, exact=exact)
-        step, probe.step = probe.step, None
+    def final(kept, change):
+        step = scheduler.step
 
         def changing(output, t, sample, **kwargs):
             return step(output, t, sample + change * (sample > 0), **kwargs)
 
-        probe.step = changing
+        scheduler.step = changing
         try:
-            return run(sampler, probe, range(2), "train", 4)[-1].float()
+            return student.run(Plan(even_nodes(4), float32_states=kept), range(2), "train").final.float()
         finally:
-            del probe.step
+            del scheduler.step
 
     kept, changed = final(True, 0.0), final(True, 0.5)
     assert (changed - kept).abs().max() > 0.1
@@ -139,12 +123,10 @@ def test_a_search_in_bfloat16_runs_in_it(tmp_path):
 @both
 def test_polish_gains_in_bfloat16(family):
     """Differences that drown in its roundings would give noise for a Jacobian."""
-    pipe = make_pipe(family).to(torch.bfloat16)
-    sampler = make_sampler(pipe)
-    train, validation = (quiet_reference(sampler, range(16), split, 100) for split in ("train", "validation"))
-    form = ClosedForm(sampler, make_probe(pipe), (range(16), train), (range(16), validation), 16, alone)
-    found = form.validated(form.fit(4, (0.0, 0.0, 0.0), 1e-4))
-    assert form.errors("train", found.raw, found.spec.coefficients).dtype == torch.float32
-    assert form.probe.states[-1].dtype == torch.bfloat16
-    better = polish(form, found, 1)
+    problem = problem_of(make_student(make_pipe(family, dtype=torch.bfloat16)), 16, steps=100, batch_size=16)
+    found = validated(problem, fit(problem, 4, (0.0, 0.0, 0.0), 1e-4, problem.train))
+    [batch] = problem.batches(problem.train)
+    run = batch.run(found.plan)
+    assert run.final.dtype == torch.bfloat16 and batch.off(run).dtype == torch.float32
+    better = polish(problem, found, parametrised(problem, found), 1)
     assert better.validation_mse < 0.9 * found.validation_mse, (better.validation_mse, found.validation_mse)

@@ -1,10 +1,9 @@
 """Gradients through whole pipelines against finite differences, in float64, and what preflight makes of pipelines that
-break them. The pipelines are those of `pipeline_zoo.py`."""
+break them. The pipelines are those of the zoo."""
 
 from __future__ import annotations
 
 import copy
-import functools
 import re
 
 import pytest
@@ -12,62 +11,23 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from diffusers_dssolver.pipelines import SiTPipeline
-from dssolver_search.methods.parameters import nodes_from_logits
 from dssolver_search.methods.preflight import preflight
+from dssolver_search.pipeline.gradients import differentiable
 from dssolver_search.pipeline.loading import freeze
-from dssolver_search.pipeline.probe import ProbeScheduler, run
+from dssolver_search.pipeline.plan import Plan, nodes_from_logits
 from dssolver_search.pipeline.sampler import Sampler
-from dssolver_search.teacher.trajectories import reference
+from dssolver_search.pipeline.student import Student
+from tests.allocations import Allocations
+from tests.families import make_pipe, make_student, trajectory_of
 from tests.pipelines.zoo import ZOO, network_of
-from tests.runtime.test_contract import Allocations
-from tests.search.test_search import make_pipe
+from tests.zoo_students import NAMES, cases, student_of
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*torchvision.*", "ignore:.*FluxPosEmbed.*:FutureWarning", "ignore:Converting a tensor.*"
 )
-NAMES = (
-    "Stable Diffusion", "SDXL", "PixArt-Sigma", "Stable Diffusion 3", "FLUX", "Sana", "Lumina 2", "AuraFlow", "Wan",
-    "LTX", "CogVideoX", "DDPM", "DiT", "Qwen-Image", "HunyuanVideo", "Mochi", "Chroma", "CogView4",
-)  # fmt: skip
-OTHERS = tuple(name for name in ZOO if name not in NAMES and name != "SDXL base")  # that one takes a part of the times
 COVERING = ("SDXL", "AuraFlow", "Wan", "DDPM")  # vp, a time that is rebuilt, two calls, no guidance
 UNGUIDED = ("FLUX", "FLUX img2img", "FLUX inpaint", "HunyuanVideo", "DDPM")  # the scale is an input of the network
 STEPS, SAMPLES = 3, 2
-
-
-def cases(short):
-    """A test parameter per pipeline; those not in `short` are marked slow."""
-    marks = {True: [], False: [pytest.mark.slow]}
-    return pytest.mark.parametrize(
-        "name", [pytest.param(n, marks=marks[n in short], id=n.replace(" ", "_")) for n in (*NAMES, *OTHERS)]
-    )
-
-
-@pytest.fixture
-def exact(monkeypatch):
-    """float64 where pipelines and networks ask for float32: times are embedded, guidance added up in it."""
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-
-
-def make_probe(sampler, **options):
-    return ProbeScheduler.from_config(sampler.pipe.scheduler.config, solvers="classical", **options)
-
-
-@functools.cache
-def sampler_of(name, dtype=torch.float64):
-    """The pipeline of the zoo with its embeddings as conditions. All in one dtype: a mask of another one than the
-    queries' gives torch's attention on the CPU a wrong gradient."""
-    entry = ZOO[name]
-    pipe = freeze(entry.make()).to(dtype)
-    if "SDXL" in name:
-        pipe.vae.register_to_config(force_upcast=False)  # to float32, where pictures are float64
-
-    def conditions(indices):
-        arguments = entry.arguments(pipe, indices) | ({"strength": 1.0} if entry.strength else {})
-        tensors = {k: v.to(dtype) for k, v in arguments.items() if torch.is_tensor(v) and v.is_floating_point()}
-        return arguments | tensors
-
-    return Sampler(pipe, conditions=conditions)
 
 
 def random(*shape, seed=0):
@@ -79,8 +39,8 @@ class Numbers:
 
     GROUPS = ("coefficients", "times", "nodes")
 
-    def __init__(self, sampler, steps=STEPS):
-        self.sampler, self.probe, self.steps = sampler, make_probe(sampler), steps
+    def __init__(self, student, steps=STEPS, recompute=True):
+        self.student, self.steps, self.recompute = student, steps, recompute
         self.start = {
             "coefficients": torch.full((steps * (steps - 1) // 2,), -0.1, dtype=torch.float64),
             "times": torch.full((steps,), -0.02, dtype=torch.float64),
@@ -98,8 +58,8 @@ class Numbers:
         lower = iter(now["coefficients"].unbind())
         rows = [[next(lower) for _ in range(i)] for i in range(self.steps)]
         rows = [[*row, 1 - sum(row)] for row in rows]
-        self.probe.prepare(nodes_from_logits(now["nodes"]), rows, offsets=now["times"])
-        return run(self.sampler, self.probe, range(SAMPLES), "train", self.steps)[-1][:SAMPLES]
+        plan = Plan(nodes_from_logits(now["nodes"]), rows, now["times"])
+        return self.student.run(plan, range(SAMPLES), "train", recompute=self.recompute).final
 
     def moved(self, group, amount):
         return self.final(**{group: self.start[group] + amount * self.directions[group]})
@@ -125,7 +85,7 @@ TOLERANCES = {"coefficients": 1e-4, "times": 1e-2, "nodes": 5e-3}
 
 @cases(short=(*NAMES, "Stable Diffusion inpaint"))
 def test_gradients_through_any_pipeline_equal_central_differences(name, exact):
-    numbers = Numbers(sampler_of(name))
+    numbers = Numbers(student_of(name))
     for group in Numbers.GROUPS:
         differences = [numbers.difference(group, size) for size in SIZES[group]]
         for seed in (4, 5):
@@ -141,11 +101,9 @@ def test_gradients_through_any_pipeline_equal_central_differences(name, exact):
 
 @cases(short=NAMES)
 def test_a_few_iterations_lower_the_final_error(name, exact):
-    """L-BFGS on every group together, against a 30-step reference."""
-    numbers = Numbers(sampler_of(name))
-    wanted = reference(
-        numbers.sampler, make_probe(numbers.sampler), range(SAMPLES), "train", 30, 3, SAMPLES, progress=False
-    ).final.double()
+    """L-BFGS on every group together, against a teacher of 30 steps."""
+    numbers = Numbers(student_of(name))
+    wanted = trajectory_of(numbers.student, range(SAMPLES), steps=30).final.double()
     scales = {"coefficients": 1.0, "times": 0.01, "nodes": 1.0}
     parameters = {g: torch.zeros_like(v, requires_grad=True) for g, v in numbers.start.items()}
     optimizer = torch.optim.LBFGS(parameters.values(), max_iter=4, line_search_fn="strong_wolfe")
@@ -168,17 +126,16 @@ def test_a_few_iterations_lower_the_final_error(name, exact):
 
 @cases(short=COVERING)
 def test_recomputing_the_network_changes_no_gradient(name, exact):
-    numbers = Numbers(sampler_of(name))
     slopes = []
-    for checkpointed in (True, False):
-        numbers.probe.checkpointed = checkpointed
+    for recompute in (True, False):
+        numbers = Numbers(student_of(name), recompute=recompute)
         slopes.append([numbers.slope(group, 1.0) for group in Numbers.GROUPS])
     assert slopes[0] == pytest.approx(slopes[1], rel=1e-9)
 
 
 @pytest.mark.parametrize("group", Numbers.GROUPS)
 def test_each_group_alone_gets_gradients(group, exact):
-    numbers = Numbers(sampler_of("Stable Diffusion 3"))
+    numbers = Numbers(student_of("Stable Diffusion 3"))
     alone = numbers.slope(group, 1.0)
     together = {g: v.clone().requires_grad_() for g, v in numbers.start.items()}
     gradient = torch.autograd.grad(numbers.final(**together).double().sum(), together[group])[0]
@@ -186,14 +143,14 @@ def test_each_group_alone_gets_gradients(group, exact):
 
 
 def test_a_run_without_gradients_has_none_and_leaves_the_mode(exact):
-    numbers = Numbers(sampler_of("FLUX"))
+    numbers = Numbers(student_of("FLUX"))
     assert not numbers.final().requires_grad and torch.is_grad_enabled()
     live = numbers.start["nodes"].clone().requires_grad_()
     assert numbers.final(nodes=live).requires_grad and torch.is_grad_enabled()
     times = numbers.start["times"].clone().requires_grad_()
     with torch.no_grad():
         assert not numbers.final(nodes=live, times=times).requires_grad and not torch.is_grad_enabled()
-    assert "forward" not in vars(numbers.sampler.pipe.transformer)
+    assert "forward" not in vars(numbers.student.sampler.pipe.transformer)
 
 
 # --- times that pipelines rebuild, tensors that they write into -------------------------------------------------------
@@ -203,7 +160,6 @@ def test_a_run_without_gradients_has_none_and_leaves_the_mode(exact):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_a_rebuilt_time_gets_the_slope_of_its_map(p, q, dtype):
     """Also at a node where t/1000 and 1 - t/1000 are one number: an earlier step tells."""
-    probe = make_probe(sampler_of("Stable Diffusion 3"))
     seen = []
 
     class Network(torch.nn.Module):
@@ -212,23 +168,17 @@ def test_a_rebuilt_time_gets_the_slope_of_its_map(p, q, dtype):
             return x
 
     network, amount = Network(), torch.tensor(0.0, dtype=torch.float64, requires_grad=True)
-    nodes = torch.tensor([1.0, 0.5, 0.2, 0.0], dtype=torch.float64)
-    probe.prepare(nodes + amount * torch.tensor([0.0, 1.0, 1.0, 0.0]))
-    probe.final_nodes = lambda raw: raw
-    probe.set_timesteps(3)
-    with probe.around([network]):
-        for index, t in enumerate(probe.timesteps):
-            probe._step_index = index
+    times = (1000 * (torch.tensor([1.0, 0.5]).double() + amount * torch.tensor([0.0, 1.0]))).to(torch.float32)
+    now = []
+    with differentiable([network], lambda: now[-1], 1000):
+        for t in times:
+            now.append(t)
             rebuilt = torch.tensor([p + q * t.item()] * 2).to(dtype)
             network(torch.ones(2), timestep=rebuilt)
             network(torch.ones(2), rebuilt * 1.3 + 400)  # no time of this step: left alone
-            assert torch.equal(seen[0].detach(), rebuilt) and not seen[1].requires_grad
-            if index:
-                slope = torch.autograd.grad(seen[0].double().sum(), amount, retain_graph=True)[0]
-                assert slope.item() == pytest.approx(2 * q * 1000, rel=1e-2)
-            seen.clear()
-            if index == 1:
-                break
+            assert torch.equal(seen[-2].detach(), rebuilt) and not seen[-1].requires_grad
+    slope = torch.autograd.grad(seen[-2].double().sum(), amount)[0]
+    assert slope.item() == pytest.approx(2 * q * 1000, rel=1e-2)
 
 
 @pytest.mark.parametrize("name", ["Stable Diffusion", "FLUX"])
@@ -243,20 +193,21 @@ def test_pipelines_may_write_into_what_they_passed(name, exact):
             kept[index - 1].detach().zero_()
         return values
 
-    plain = sampler_of(name)
-    writing = Sampler(plain.pipe, {"callback_on_step_end": overwrite}, conditions=plain.conditions)
+    plain = student_of(name)
+    sampler = plain.sampler
+    writing = Student(Sampler(sampler.pipe, {"callback_on_step_end": overwrite}, conditions=sampler.conditions))
     slopes = []
-    for sampler in (plain, writing):
+    for student in (plain, writing):
         slopes.append([])
         for group in Numbers.GROUPS:
             kept.clear()
-            slopes[-1].append(Numbers(sampler).slope(group, 1.0))
+            slopes[-1].append(Numbers(student).slope(group, 1.0))
     assert slopes[0] == pytest.approx(slopes[1], rel=1e-9)
 
 
-def test_a_live_probe_can_be_copied_deeply(exact):
+def test_a_live_scheduler_can_be_copied_deeply(exact):
     """As pipelines do for a second scheduler of sound: it steps beside the first and does not end the run."""
-    numbers = Numbers(sampler_of("FLUX"))
+    numbers = Numbers(student_of("FLUX"))
     twins = []
 
     def beside(pipe, index, t, values):
@@ -265,22 +216,22 @@ def test_a_live_probe_can_be_copied_deeply(exact):
         twins[0].step(values["latents"], t, values["latents"])
         return values
 
-    sampler = Sampler(numbers.sampler.pipe, {"callback_on_step_end": beside}, conditions=numbers.sampler.conditions)
-    other = Numbers(sampler)
+    sampler = numbers.student.sampler
+    student = Student(Sampler(sampler.pipe, {"callback_on_step_end": beside}, conditions=sampler.conditions))
+    other = Numbers(student)
     assert other.slope("nodes", 1.0) == pytest.approx(numbers.slope("nodes", 1.0), rel=1e-9)
     [twin] = twins
-    assert twin is not other.probe and twin.states is not other.probe.states
-    assert len(twin.states) == 1 + STEPS  # those of the run when it was made, and its own
-    assert len(other.probe.states) == 1 + STEPS and twin.timesteps.requires_grad
+    assert twin is not student.scheduler and twin.timesteps.requires_grad
+    # the callback follows each step but the last, which ends the run
+    assert twin.recorder.steps_taken == STEPS - 1 and student.scheduler.recorder.steps_taken == STEPS
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-def held(sampler, steps, checkpointed=True, groups=Numbers.GROUPS):
+def held(student, steps, recompute=True, groups=Numbers.GROUPS):
     """(bytes that a forward run leaves for the backward pass, most bytes at any time in both)."""
-    numbers = Numbers(sampler, steps)
-    numbers.probe.checkpointed = checkpointed
+    numbers = Numbers(student, steps, recompute)
     live = {g: numbers.start[g].clone().requires_grad_() for g in groups}
     with Allocations() as used:
         loss = numbers.final(**live).double().square().sum()
@@ -291,34 +242,34 @@ def held(sampler, steps, checkpointed=True, groups=Numbers.GROUPS):
 
 @pytest.mark.parametrize("name", ["Stable Diffusion 3", "Wan", "FLUX"])
 def test_a_gradient_step_holds_states_and_one_call(name):
-    """A step more costs some ten states (what the network was fed, its outputs, the history, what autograd keeps of
+    """A step more costs some ten states (what the network was given, its outputs, the history, what autograd keeps of
     the solver's sums), however large the network is."""
-    sampler = sampler_of(name, torch.float32)
-    numbers = Numbers(sampler)
-    calls = sampler.network_calls, sampler.network_evaluations
-    numbers.final()
-    calls, evaluations = sampler.network_calls - calls[0], sampler.network_evaluations - calls[1]
-    state = numbers.probe.states[0][:SAMPLES].nbytes * evaluations / STEPS / SAMPLES
-    left, peaks = zip(*(held(sampler, steps) for steps in (4, 8, 16)), strict=True)
-    without, _ = zip(*(held(sampler, steps, checkpointed=False) for steps in (4, 8)), strict=True)
-    activations = (without[1] - without[0]) / 4
+    student = student_of(name, torch.float32)
+    sampler = student.sampler
+    evaluations = sampler.network_evaluations
+    run = student.run(Plan(torch.linspace(1, 0, 2, dtype=torch.float64)), range(SAMPLES), "train")
+    state = run.states[0].nbytes * (sampler.network_evaluations - evaluations) / SAMPLES
+    left, peaks = zip(*(held(student, steps) for steps in (3, 5, 9)), strict=True)
+    without, _ = zip(*(held(student, steps, recompute=False) for steps in (3, 5)), strict=True)
+    activations = (without[1] - without[0]) / 2
     for sizes in (left, peaks):
-        a_step = (sizes[2] - sizes[1]) / 8
+        a_step = (sizes[2] - sizes[1]) / 4
         assert a_step < 6 * state and a_step < 0.5 * activations
-        assert a_step == pytest.approx((sizes[1] - sizes[0]) / 4, rel=0.5)
+        assert a_step == pytest.approx((sizes[1] - sizes[0]) / 2, rel=0.5)
 
 
 @pytest.mark.parametrize("name", ["Stable Diffusion 3", "FLUX"])
 def test_memory_estimate(name):
     """Beside what does not depend on the number of steps at all, such as embeddings and masks."""
-    sampler = sampler_of(name, torch.float32)
-    found = preflight(sampler, make_probe(sampler), samples=SAMPLES)
+    student = student_of(name, torch.float32)
+    found = preflight(student, samples=SAMPLES)
     assert found.weight_bytes > 0
-    estimates = [found.gradient_bytes(steps, SAMPLES) - found.weight_bytes for steps in (4, 16)]
-    _, peaks = zip(*(held(sampler, steps) for steps in (4, 16)), strict=True)
-    with_all, _ = held(sampler, 8, checkpointed=False)
-    with_states, _ = held(sampler, 8)
-    assert found.activation_bytes == pytest.approx((with_all - with_states) / 8 / SAMPLES, rel=0.1)
+    few, many = 3, 9
+    estimates = [found.gradient_bytes(steps, SAMPLES) - found.weight_bytes for steps in (few, many)]
+    _, peaks = zip(*(held(student, steps) for steps in (few, many)), strict=True)
+    with_all, _ = held(student, few, recompute=False)
+    with_states, _ = held(student, few)
+    assert found.activation_bytes == pytest.approx((with_all - with_states) / few / SAMPLES, rel=0.1)
     assert 0.4 * peaks[0] < estimates[0] < 2 * peaks[0]
     assert 0.5 * (peaks[1] - peaks[0]) < estimates[1] - estimates[0] < 2 * (peaks[1] - peaks[0])
 
@@ -329,9 +280,10 @@ def test_memory_estimate(name):
 @cases(short=NAMES)
 def test_preflight_finds_every_pipeline_searchable(name):
     """In float32, as a search runs: its differences are coarser."""
-    sampler = sampler_of(name, torch.float32)
+    student = student_of(name, torch.float32)
+    sampler = student.sampler
     sampler.network_evaluations = sampler.network_calls = 7
-    found = preflight(sampler, make_probe(sampler))
+    found = preflight(student)
     calls = ZOO[name].calls
     assert (found.verdict, found.reason) == ("full", "")
     assert found.calls_per_step == calls and found.evaluations_per_sample == (1 if name in UNGUIDED else 2)
@@ -352,8 +304,7 @@ def small():
 
 
 def flight(pipe, **kwargs):
-    sampler = Sampler(pipe, {"guidance_scale": 1.5})
-    return preflight(sampler, make_probe(sampler), **kwargs)
+    return preflight(make_student(pipe), **kwargs)
 
 
 def test_preflight_of_a_pipeline_that_detaches_its_time(small):
@@ -479,7 +430,7 @@ def test_preflight_of_too_few_steps_or_samples(small):
 
 
 def test_half_precision_is_compared_coarsely():
-    sampler = sampler_of("FLUX", torch.bfloat16)
-    found = preflight(sampler, make_probe(sampler))
+    student = student_of("FLUX", torch.bfloat16)
+    found = preflight(student)
     assert found.agreement["coefficients"][0] == pytest.approx(found.agreement["coefficients"][1], rel=0.05)
-    assert found.verdict == "full" and network_of(sampler.pipe).dtype == torch.bfloat16
+    assert found.verdict == "full" and network_of(student.sampler.pipe).dtype == torch.bfloat16

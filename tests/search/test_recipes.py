@@ -21,15 +21,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffusers_dssolver import DSSolverScheduler
 from diffusers_dssolver.models import FlowDCNTransformer2DModel
 from diffusers_dssolver.pipelines import SiTPipeline
-from dssolver_search.cli import COMMANDS, main
-from dssolver_search.methods import search as run_module
+from dssolver_search.cli import COMMANDS, main, named
+from dssolver_search.methods import setup as search_setup
 from dssolver_search.pipeline.loading import freeze
 from dssolver_search.pipeline.prompts import PROMPT, prompts_of
 from dssolver_search.pipeline.sampler import Sampler
 from dssolver_search.settings import SearchConfig, parse
 from tests.bench import cost_model
+from tests.families import make_pipe
 from tests.pipelines import zoo
-from tests.search.test_search import arguments, make_pipe
+from tests.searches import arguments
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torchvision.*", "ignore:.*FluxPosEmbed.*:FutureWarning")
 ROOT = Path(__file__).resolve().parents[2]
@@ -167,7 +168,7 @@ def test_the_header_says_what_it_takes(name, monkeypatch):
     assert lines[at : at + len(wanted)] == wanted, f"python {Path(__file__).name} writes it anew"
     assert max(map(len, lines)) <= 120
     for words in commands(name):
-        parse(COMMANDS[words[0]][0], words[1:], words[0])
+        parse(named(COMMANDS[words[0]][0]), words[1:], words[0])
     made = [words[words.index("--output_dir") + 1] for words in commands(name) if words[0] == "convert"]
     assert made in ([], [config.pretrained_model_name_or_path])
 
@@ -221,7 +222,7 @@ def test_it_runs(name, tmp_path, monkeypatch):
         file.write_text(f"number,{recipe.prompts_column}\n1,a cat\n2,a dog\n3,a bird\n", encoding="utf-8")
         options["prompts_dataset"] = file
     loaded = []
-    monkeypatch.setattr(run_module, "load_pipeline", lambda *args: loaded.append(args) or pipe)
+    monkeypatch.setattr(search_setup, "load_pipeline", lambda *args: loaded.append(args) or pipe)
     more += arguments(options)
     [command] = [words for words in commands(name) if words[0] == "search"]
     main([*command, *more])

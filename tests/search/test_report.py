@@ -17,7 +17,7 @@ from diffusers_dssolver import DSSolverScheduler
 from dssolver_search.artefacts.report import WIDEST
 from dssolver_search.cli import main
 from tests.search.test_plots import COMPARISON, FLOW, RECORDS, result, spec_of
-from tests.search.test_search import refused
+from tests.searches import refused
 
 COLOURS = {"ours": (200, 10, 10), "unipc": (10, 200, 10), "reference": (10, 10, 200)}
 PROVENANCE = {

@@ -11,7 +11,7 @@ from dssolver_search.images.features import load_extractor
 from tests import documents
 from tests.bench import search as bench_search
 from tests.bench import steps as bench_steps
-from tests.search.test_search import make_pipe
+from tests.families import make_pipe
 
 ELSEWHERE = ("cost", "conformance", "study-")  # compared by the tests of their own
 
@@ -111,7 +111,7 @@ def small(tmp_path, monkeypatch):
     changes = {"NFES": (3, 4), "PAPER": paper, "TEST_SAMPLES": 4, "REFERENCE_STEPS": 30, "ABLATED": (("flow", 3),)}
     for name, value in changes.items():
         monkeypatch.setattr(bench_search, name, value)
-    monkeypatch.setattr(bench_search.run_module, "reference", bench_search.run_module.reference)  # put back
+    monkeypatch.setattr(bench_search.paper, "reference", bench_search.paper.reference)  # put back
     (tmp_path / "out").mkdir()
     return tmp_path / "out"
 

@@ -13,11 +13,12 @@ from diffusers.models.modeling_utils import ModelMixin
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from dssolver_search.pipeline.loading import freeze
-from dssolver_search.pipeline.probe import ProbeScheduler, run
+from dssolver_search.pipeline.plan import Plan
 from dssolver_search.pipeline.prompts import PromptMemo, prompts_from_dataset
 from dssolver_search.pipeline.sampler import Sampler, _timed_networks, spread_classes
+from dssolver_search.pipeline.student import Student
+from tests.families import make_pipe
 from tests.pipelines.zoo import TEXT, ZOO, flux_parts, sd_parts
-from tests.search.test_search import make_pipe
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*torchvision.*", "ignore:.*FluxPosEmbed.*:FutureWarning", "ignore:.*safety checker.*"
@@ -157,12 +158,11 @@ def test_a_run_with_gradients_encodes_without(monkeypatch):
     """Even where the mode is on already: the memo itself switches it off."""
     pipe = make_sd()
     seen = Encoded(pipe)
-    sampler = Sampler(pipe, SD, PROMPTS)
-    probe = ProbeScheduler.from_config(pipe.scheduler.config, solvers="classical")
+    student = Student(Sampler(pipe, SD, PROMPTS))
     weight = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
     for _ in range(2):
-        probe.prepare(torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64), [[weight], [1 - weight, weight]])
-        final = run(sampler, probe, range(2), "train", 2)[-1]
+        plan = Plan(torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64), [[weight], [1 - weight, weight]])
+        final = student.run(plan, range(2), "train").final
     assert torch.autograd.grad(final.sum(), weight)[0] != 0
     assert len(seen.batches) == 2  # prompt and negative prompt
 

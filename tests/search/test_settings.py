@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from dssolver_search.settings import CompareConfig, SearchConfig, parse
+from dssolver_search.cli import COMMANDS, named
+from dssolver_search.settings import REMOVED, CompareConfig, SearchConfig, parse
 
 RECIPES = sorted((Path(__file__).parents[2] / "search" / "recipes").glob("*.toml"))
+HEAVY = {"torch", "diffusers", "transformers", "accelerate", "scipy", "numpy", "matplotlib", "datasets"}
 NEEDED = ["--pretrained_model_name_or_path", "org/model", "--output_dir", "out"]
 
 
@@ -150,18 +154,20 @@ def test_wrong_recipes_name_the_key(text, message, recipe):
         (["--batch_size", "0"], "batch_size is 0"),
         (["--polish_nfe", "-1"], "polish_nfe is -1; it must be 0 or more"),
         (["--fill_polish_nfe", "-1"], "fill_polish_nfe is -1; it must be 0 or more"),
-        (["--guidance_scales", "1.5", "inf"], r"guidance_scales is \[1.5, inf\]; it must be numbers"),
-        (["--guidance_scales", "1.5", "--guidance_scale", "2"], "guidance_scale and guidance_scales are both given"),
-        (
-            ["--guidance_scales", "1.5", "--objective", "perceptual", "--feature_network", "x:y"],
-            "takes one guidance_scale",
-        ),
         (["--config", "absent.toml"], "recipe 'absent.toml' could not be read"),
     ],
 )
 def test_wrong_words_name_the_key(words, message):
     with pytest.raises(ValueError, match=message):
         read(*words)
+
+
+@pytest.mark.parametrize("key", REMOVED)
+def test_removed_keys_say_what_to_do_instead(key, recipe):
+    for words in ([f"--{key}", "x"], [f"--{key}=x"], recipe(f'{key} = "x"')):
+        with pytest.raises(ValueError, match=f"there is no setting {key} any more; leave it out: ") as error:
+            read(*words)
+        assert str(error.value).endswith(REMOVED[key])
 
 
 @pytest.mark.parametrize("name", ["pretrained_model_name_or_path", "output_dir"])
@@ -184,11 +190,42 @@ def test_unknown_words_are_refused(words, capsys):
     assert stop.value.code == 2 and words[0] in capsys.readouterr().err
 
 
-def test_help_lists_every_key(capsys):
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_lists_every_key_with_its_default(command, capsys):
+    cls = named(COMMANDS[command][0])
     with pytest.raises(SystemExit) as stop:
-        parse(SearchConfig, ["--help"], "prog")
-    text = capsys.readouterr().out
-    assert stop.value.code == 0 and all(f"--{f.name}" in text for f in dataclasses.fields(SearchConfig))
+        parse(cls, ["--help"], "prog")
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0 and text.count("(default: ") == len(dataclasses.fields(cls))
+    assert all(f"--{entry.name}" in text for entry in dataclasses.fields(cls))
+
+
+def test_defaults_are_no_ones_own():
+    """A list or mapping that one configuration changes is not another one's default."""
+    first, second = (SearchConfig(pretrained_model_name_or_path="m", output_dir="o") for _ in range(2))
+    first.nfe.append(7)
+    first.call["eta"] = 1
+    assert second.nfe == [5, 8] and second.call == {}
+
+
+def test_help_imports_nothing_heavy():
+    """In a process of its own: other tests have imported everything. Not even diffusers' scheduler base class."""
+    root = RECIPES[0].parents[2]
+    code = f"""
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+sys.path.insert(0, {str(root)!r})
+spec = spec_from_file_location("dssolver_search", {str(root / "search" / "__init__.py")!r})
+sys.modules["dssolver_search"] = module_from_spec(spec)
+from dssolver_search.cli import main
+try:
+    main(["search", "--help"])
+except SystemExit:
+    print(*{{name.partition(".")[0] for name in sys.modules}}, file=sys.stderr)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "--teacher_steps" in run.stdout
+    assert not HEAVY & set(run.stderr.split())
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)

@@ -21,12 +21,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from dssolver_search.demo import classifier, train
 from dssolver_search.images.features import of_network
 from dssolver_search.images.real_images import Statistics
+from dssolver_search.methods import closed_form
 from dssolver_search.methods import search as run_module
-from dssolver_search.methods.closed_form import ClosedForm
 from dssolver_search.storage import write_tensors
 from tests import documents
+from tests.families import make_pipe
 from tests.search.test_gradient import told
-from tests.search.test_search import make_pipe
 from tests.study import findings as study_findings
 from tests.study import models as study_models
 from tests.study import study as bench_study
@@ -199,7 +199,7 @@ def test_what_is_at_fault_is_said_in_one_line(models, tmp_path, capsys):
 
 def test_a_killed_study_goes_on(models, tmp_path, counted, monkeypatch):
     arguments = ["--models", str(models), "--output", str(tmp_path), "--seeds", "0", "--findings", "6"]
-    write, fit = study_units.write_record, ClosedForm.fit
+    write, fit = study_units.write_record, closed_form.fit
 
     def killed(file, record):
         if file.name.startswith("search-") or len(counted) == 6:
@@ -212,7 +212,7 @@ def test_a_killed_study_goes_on(models, tmp_path, counted, monkeypatch):
     assert [name.split("-")[0] for name in counted] == ["search"] and any((tmp_path / "searches").iterdir())
     # the search was over but for its record: what it found is taken, not fitted again
     monkeypatch.setattr(study_units, "write_record", lambda *a: killed(*a) if len(counted) == 6 else write(*a))
-    monkeypatch.setattr(ClosedForm, "fit", None)
+    monkeypatch.setattr(closed_form, "fit", None)
     with pytest.raises(KeyboardInterrupt):
         bench_study.main(arguments, BUDGET)
     monkeypatch.setattr(study_units, "write_record", write)
@@ -223,7 +223,7 @@ def test_a_killed_study_goes_on(models, tmp_path, counted, monkeypatch):
     bench_study.main(arguments, BUDGET)
     again = counted[before:]
     assert counted[2] in again and not set(again) & (done - {counted[2]}) and len(again) == len(set(again))
-    monkeypatch.setattr(ClosedForm, "fit", fit)
+    monkeypatch.setattr(closed_form, "fit", fit)
     bench_study.main(arguments, BUDGET)
     assert len(counted) == before + len(again)
 

@@ -30,11 +30,12 @@ from dssolver_search.images.real_images import read_statistics
 from dssolver_search.measure.baselines import FLOW, STABLE_DIFFUSION, VP, Run
 from dssolver_search.measure.compare import SPLIT, Comparison
 from dssolver_search.measure.results import interval
-from dssolver_search.methods.search import SOLVER_KEYS, Search
-from dssolver_search.pipeline.probe import ProbeScheduler
+from dssolver_search.methods.fill import solver_of
+from dssolver_search.methods.search import search
+from dssolver_search.pipeline.student import Student
 from dssolver_search.settings import CompareConfig, SearchConfig
 from dssolver_search.storage import Damaged, read_record, write_record
-from dssolver_search.teacher.trajectories import reference
+from dssolver_search.teacher.trajectories import Teacher, teacher_trajectory
 from tests.bench import cost_model
 from tests.study import models as study_models
 
@@ -265,11 +266,9 @@ class Study:
         if not (folder / "cache").exists():
             (folder / "cache").unlink(missing_ok=True)
             (folder / "cache").symlink_to(cache)
-        search = Search(self._config(**facts, folder=str(folder)))
-        search()
-        solvers, state = search.state["solvers"], search.state
+        state = search(self._config(**facts, folder=str(folder))).state
         return {
-            "tables": {n: {k: e[k] for k in SOLVER_KEYS if k in e} for n, e in solvers.items()},
+            "tables": {n: solver_of(entry) for n, entry in state["solvers"].items()},
             "network_evaluations": state["network_evaluations"],
         }  # fmt: skip
 
@@ -347,9 +346,8 @@ class Study:
 
     def _teacher(self, steps: int, order: int, to: Unit, **_: Any) -> dict[str, Any]:
         comparison, final, variance = self._to(to)
-        sampler, size = comparison.lineup.sampler, comparison.config.batch_size
-        probe = ProbeScheduler.from_config(comparison.lineup.model_config, solvers=CLASSICAL, history_length=None)
-        made = reference(sampler, probe, range(len(final)), SPLIT, steps, order, size, progress=False)
+        student, size = Student(comparison.lineup.sampler), comparison.config.batch_size
+        made = teacher_trajectory(student, Teacher(steps, order), range(len(final)), SPLIT, size, progress=False)
         return error_of(made.final, final, variance)
 
     def _refusal(self, model: str, search: Unit, schedule: str) -> dict[str, Any]:
