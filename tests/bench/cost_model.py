@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dssolver_search.methods.closed_form import KEEP, RIDGE_FACTORS, fits_of
 from dssolver_search.methods.gauss_newton import DAMPINGS
 from dssolver_search.settings import SearchConfig
-from dssolver_search.teacher.trajectories import CONVERGENCE_SAMPLES
+from dssolver_search.teacher.convergence import CONVERGENCE_SAMPLES
 from tests import documents
 
 PEAK, UTILISATION = 989.0, 0.4  # TFLOP/s of an H100, bfloat16, dense; the share of it that is reached
