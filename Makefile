@@ -43,7 +43,7 @@ test: $(VENV)/.installed
 test-slow: $(VENV)/.installed
 	$(PYTEST) --run-slow
 
-# every check on every pipeline, and the table of the README
+# every check on every pipeline, and the table of tests/pipelines/README.md
 test-pipelines: $(VENV)/.installed
 	$(BIN)/python -m tests.pipelines.conformance
 

@@ -1,31 +1,45 @@
 """Full-quality images in 5 to 10 network calls: searched solvers as a drop-in diffusers scheduler."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
-from diffusers.schedulers.scheduling_utils import SchedulerMixin  # saved pipelines are loaded by way of this name
-
-from .published import published_solvers
-from .scheduler import DSSolverScheduler
-from .solver import SolverSpec
-
 if TYPE_CHECKING:
-    from .models import FlowDCNTransformer2DModel, OfficialDiTTransformer2DModel
+    from diffusers.models.modeling_utils import ModelMixin
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-MODELS = ("FlowDCNTransformer2DModel", "ModelMixin", "OfficialDiTTransformer2DModel")
+    from .models import FlowDCNTransformer2DModel, OfficialDiTTransformer2DModel
+    from .published import published_solvers
+    from .scheduler import DSSolverScheduler
+    from .solver import SolverSpec
+
 __all__ = [
     "DSSolverScheduler",
     "FlowDCNTransformer2DModel",
+    "ModelMixin",
     "OfficialDiTTransformer2DModel",
     "SchedulerMixin",
     "SolverSpec",
     "published_solvers",
 ]
 
+# Where each name is imported from when it is first asked for. diffusers loads saved pipelines by way of the two mixins.
+_HOMES = {
+    "DSSolverScheduler": "diffusers_dssolver.scheduler",
+    "FlowDCNTransformer2DModel": "diffusers_dssolver.models",
+    "ModelMixin": "diffusers.models.modeling_utils",
+    "OfficialDiTTransformer2DModel": "diffusers_dssolver.models",
+    "SchedulerMixin": "diffusers.schedulers.scheduling_utils",
+    "SolverSpec": "diffusers_dssolver.solver",
+    "published_solvers": "diffusers_dssolver.published",
+}
+
 
 def __getattr__(name: str) -> object:
-    """Models, and the name by way of which saved ones are loaded: imported when asked for, as an import stays light."""
-    if name not in MODELS:
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import models
+    globals()[name] = value = getattr(import_module(_HOMES[name]), name)
+    return value
 
-    return getattr(models, name)
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

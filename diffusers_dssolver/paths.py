@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,8 +28,15 @@ BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 MAX_TRAIN_TIMESTEPS = 100_000
 
 
+def as_float64(values: Any) -> Tensor:
+    """Numbers of any kind as float64 on the CPU, moved before they are converted: Apple's MPS has no float64."""
+    if isinstance(values, Tensor):
+        return values.detach().cpu().double()
+    return torch.as_tensor(values, dtype=torch.float64)
+
+
 class Path:
-    """What flow and vp have in common. Nodes, alphas and sigmas are float64 tensors of any one shape (...)."""
+    """Interface of both paths. Nodes, alphas and sigmas are float64 tensors of the same shape (...)."""
 
     num_train_timesteps: int
     first_node: float = 1.0
@@ -38,7 +46,7 @@ class Path:
         raise NotImplementedError
 
     def timestep(self, node: Tensor) -> Tensor:
-        """What the network is fed at a node."""
+        """The time that the network is fed at a node."""
         return node * self.num_train_timesteps
 
     def node(self, timestep: Tensor) -> Tensor:
@@ -153,8 +161,10 @@ class VPPath(Path):
 
 @dataclass(frozen=True)
 class ContinuousVPPath(VPPath):
-    """The continuous VP formula that the published DiT tables were searched with: node = t, the network is fed t*T,
-    alpha = exp(-t^2 (b1 - b0)/4 - t b0/2) with b = T * beta, t from 0.999 and clamped to [0.001, 1].
+    """The continuous VP formula with which the published DiT tables were searched.
+
+    node = t, the network is fed t T, alpha = exp(-t^2 (b1 - b0)/4 - t b0/2) with b = T beta. t starts at 0.999 and is
+    clamped to [0.001, 1].
 
     Source: Song et al., arXiv 2011.13456, Eq. (32); paper Sec. 6 and its official release.
     """
@@ -183,8 +193,7 @@ def make_betas(
     rescale_betas_zero_snr: bool,
     snr_shift_scale: float = 1.0,
 ) -> tuple[float, ...]:
-    """The T betas that diffusers' schedulers make from the same configuration keys; as many as `trained_betas` where
-    those are given.
+    """The T betas that diffusers' schedulers make from the same keys, or `trained_betas`, of any number.
 
     Sources: Ho et al., arXiv 2006.11239 (linear); Rombach et al., arXiv 2112.10752 (scaled_linear); Nichol and
     Dhariwal, arXiv 2102.09672 (squaredcos_cap_v2); Lin et al., arXiv 2305.08891, Alg. 1 (zero terminal SNR); Yang et

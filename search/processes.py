@@ -1,9 +1,11 @@
-"""What processes of one run tell each other."""
+"""The processes of one command: how they start and end, and what they tell each other."""
 
 from __future__ import annotations
 
 import json
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -11,6 +13,32 @@ from accelerate.utils import broadcast
 from torch import Tensor
 
 T = TypeVar("T")
+
+
+@contextmanager
+def launched(how_to_go_on: Callable[[], str], *handlers: Any) -> Iterator[Accelerator]:
+    """The accelerator of a command, for as long as the command runs.
+
+    A ValueError is raised by every process alike, so the process group can be closed before it goes on. Ctrl-C may
+    have ended the other processes, so nothing more is agreed with them. Without a closed group, a process aborts now
+    and then while it exits.
+
+    Args:
+        how_to_go_on: called after Ctrl-C; the end of the line that the user reads.
+        handlers: `kwargs_handlers` of the accelerator.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C, with that line.
+    """
+    accelerator = Accelerator(kwargs_handlers=list(handlers))
+    try:
+        yield accelerator
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; {how_to_go_on()}") from None
+    except ValueError:
+        accelerator.end_training()
+        raise
+    accelerator.end_training()
 
 
 def from_main(accelerator: Accelerator, value: T) -> T:
@@ -26,7 +54,7 @@ def from_main(accelerator: Accelerator, value: T) -> T:
 
 
 def reduced(accelerator: Accelerator, tensor: Tensor) -> Tensor:
-    """The sum over all processes, in every one and where the tensor was."""
+    """The sum over all processes, in every one and on the tensor's device."""
     if accelerator.num_processes == 1:
         return tensor
     return accelerator.reduce(tensor.to(accelerator.device), "sum").to(tensor.device)

@@ -23,16 +23,15 @@ RUNTIME_ARROWS: dict[str, set[str]] = {
     "published": set(),
     "config": {*MATHS},
     "history": {"torch", *MATHS},
-    "artefacts": {"torch", "config", "published", *MATHS},
-    "choose": {"config", *MATHS},
+    "artefacts": {"config"},
+    "choose": {"torch", *MATHS},
     "card": {"diffusers", "huggingface_hub", "config", "pipelines", "published"},
-    "scheduler": {
-        *("diffusers", "huggingface_hub", "numpy", "torch"),
-        *("artefacts", "card", "choose", "config", "history", "published", *MATHS),
-    },
+    "loading": {"diffusers", "artefacts", "card", "config", "published"},
+    "training": {"torch", "paths"},
+    "scheduler": {"diffusers", "numpy", "torch", "choose", "config", "history", "loading", "training", *MATHS},
     "models": {"diffusers", "torch", "models"},
     "pipelines": {"diffusers", "numpy", "torch", "PIL", "pipelines"},
-    "__init__": {"models", "published", "scheduler", "solver"},
+    "__init__": {"diffusers", "models", "published", "scheduler", "solver"},
 }
 # What each folder or module of the search may import of the search, and whether the runtime package.
 BASE = {"settings", "console"}
@@ -46,7 +45,7 @@ SEARCH_ARROWS: dict[str, set[str]] = {
     "teacher": {RUNTIME, "pipeline", "processes", "images", "storage", *BASE},
     "methods": {RUNTIME, "teacher", "pipeline", "processes", "images", "storage", *BASE},
     "measure": {RUNTIME, "teacher", "pipeline", "processes", "images", "storage", *BASE},
-    "artefacts": {RUNTIME, "measure.results", "storage", *BASE},
+    "artefacts": {RUNTIME, "measure.pictures", "measure.results", "storage", *BASE},
     "checkpoints": {RUNTIME, "storage", *BASE},
     "demo": {RUNTIME, "images", "storage", *BASE},
     "cli": BASE,

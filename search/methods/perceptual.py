@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..console import one_line
-from ..images.networks import OTHERWISE, FeatureNetwork, _described, distance
+from ..images.networks import FeatureNetwork, described, distance
 from ..pipeline.probe import ProbeScheduler, run
 from ..pipeline.replay import uncounted
 from ..pipeline.sampler import Sampler
@@ -33,6 +33,7 @@ from .objective import terminal_loss
 from .parameters import CorrectionParameters, nodes_from_logits
 from .preflight import REPEATED, SPLIT
 
+OTHERWISE = "use objective terminal"
 MOST_CALLS = 6  # with more, the pictures are next to the teacher's
 
 
@@ -71,10 +72,10 @@ class Perceptual:
         output, self.probe.output = self.probe.output, None
         images = output[0]
         if not isinstance(images, Tensor):
-            raise self._refusal(f"the output is {_described(images)}, not a tensor")
+            raise self._refusal(f"the output is {described(images)}, not a tensor")
         if images.ndim not in (4, 5) or len(images) != len(indices) or images.shape[-3] not in (1, 3):
             raise ValueError(
-                f"{self.name} gives {_described(images)} for {len(indices)} samples, which is no batch of images with "
+                f"{self.name} gives {described(images)} for {len(indices)} samples, which is no batch of images with "
                 f"1 or 3 channels; {OTHERWISE}"
             )
         return states, images

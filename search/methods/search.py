@@ -35,7 +35,7 @@ from ..pipeline.replay import uncounted
 from ..pipeline.sampler import Sampler
 from ..processes import from_main, reduced
 from ..settings import PERCEPTUAL, STARTS, SearchConfig
-from ..storage import Damaged, Journal, drop_torn_line, read_record, remove_partial_files, write_record, write_text
+from ..storage import Damaged, drop_torn_line, read_record, remove_partial_files, write_record, write_text
 from ..teacher.trajectories import Convergence, Reference, Teacher, convergence, reference
 from .closed_form import IDENTITY, Candidate, ClosedForm, Samples, comparable, fits_of, warped_nodes
 from .gauss_newton import Polish, around, polish
@@ -45,18 +45,17 @@ from .paper import fit
 from .parameters import PaperParameters
 from .perceptual import MOST_CALLS, Perceptual, PerceptualDescent
 from .preflight import preflight
+from .record import Journal
 
 SOLVER_KEYS = ("nodes", "timesteps", "coefficients")
 # of a solver that the pipeline already had
 OWN_KEYS = (
     "solvers", "guidance_solvers", "guidance_scale", "provenance", "strict", "history_length", "searched_shift",
-    "interpolate_corrections",
 )  # fmt: skip
 # of each solver, in the provenance
 RECORDED = (
     "kind", "source", "validation_mse", "classical_mse", "rejected", "warp", "ridge", "parameters", "stages"
 )  # fmt: skip
-DERIVED = ("validation_mse_classical", "validation_mse_corrections")
 SCHEDULER, METRICS = "scheduler_config.json", "metrics.jsonl"
 STATE, PREVIOUS, JOURNAL = "search_state.json", "search_state.previous.json", "trials.jsonl"
 # neither what a solver is fitted to nor how
@@ -141,7 +140,7 @@ class Search:
         if self.accelerator.is_main_process:  # every process counts its own, this one also what was kept
             kept = [entry["network_evaluations"] for entry in self.state["solvers"].values()]
             kept += [self.state.get("teacher", {}).get("network_evaluations", 0)]
-            self.sampler.network_evaluations = sum(kept) + self.state["derived_network_evaluations"]
+            self.sampler.network_evaluations = sum(kept)
             drop_torn_line(self.folder / METRICS)
         self.journal = Journal(self.folder / JOURNAL, self.state["key"], self.accelerator)
 
@@ -205,7 +204,6 @@ class Search:
             for nfe in tqdm(missing, desc="filling other step counts", disable=not self.accelerator.is_main_process):
                 began = self._evaluations(), time.time()
                 self._keep(form, nfe, self._filled(form, nfe), "filled", began)
-        self._measure_derived(form)
         self._mend(form)
         self.journal.clear()  # of what was killed between the state and this
         if self.accelerator.is_main_process:
@@ -323,11 +321,9 @@ class Search:
         if nfe <= self.config.fill_polish_nfe:
             found = polish(form, found, self.config.polish, free=self.config.search_over)
         searched = {n: SolverSpec.from_dict(_table(e)) for n, e in known.items()}
-        specs = [self.probe.derived(searched, nfe, learned) for learned in (False, True)]
-        derived = [_measured(form, spec) for spec in (specs if specs[0] != specs[1] else specs[:1])]
         choices = {
             "closed_form": _entry(found),
-            "derived": min(derived, key=_error),
+            "derived": _measured(form, self.probe.derived(searched, nfe)),
             "classical": _classical(form, nfe),
         }
         source = min(choices, key=lambda name: _error(choices[name]))
@@ -335,34 +331,12 @@ class Search:
         reached = {"source": source, "rejected": rejected, "classical_mse": choices["classical"]["validation_mse"]}
         return {**choices[source], **reached}
 
-    def _measure_derived(self, form: ClosedForm) -> None:
-        """Whether step counts between two tables gain from what both learned beside their nodes, measured at a few."""
-        solvers = {int(n): SolverSpec.from_dict(table) for n, table in self._tables().items()}
-        gaps = [n for n in range(min(solvers), max(solvers)) if n not in solvers]
-        chosen = [gaps[i] for i in sorted({round(k * (len(gaps) - 1) / 3) for k in range(4)})] if gaps else []
-        if [str(n) for n in chosen] == list(self.state.get("derived", {})):
-            return
-        self.state["derived"], began = {}, self._evaluations()
-        for nfe in chosen:
-            scores = [form.score_spec(self.probe.derived(solvers, nfe, learned)) for learned in (False, True)]
-            self.state["derived"][str(nfe)] = dict(zip(DERIVED, scores, strict=True))
-            self._log({"nfe": nfe, "derived": self.state["derived"][str(nfe)]})
-        self.state["derived_network_evaluations"] += self._evaluations() - began
-        self.state["network_evaluations"] = self._evaluations()
-        if self.accelerator.is_main_process:
-            self.write()
-
     def _mend(self, form: ClosedForm) -> None:
         """Write the result again if somebody took or spoiled it."""
         if not from_main(self.accelerator, _is_json(self.folder / SCHEDULER)):
             form.score(warped_nodes(IDENTITY, min(self.config.nfe)), None)  # tells the probe the model's shift
             if self.accelerator.is_main_process:
                 self.write()
-
-    def _corrections_help(self) -> bool:
-        """In the geometric mean over the step counts measured; no if none was."""
-        measured = self.state.get("derived", {}).values()
-        return bool(measured) and math.prod(m[DERIVED[1]] / m[DERIVED[0]] for m in measured) < 1
 
     def _paper(self, form: ResumableForm, nfe: int) -> dict[str, Any]:
         """Algorithm 1 and 2: gradients through the pipeline's call, fresh samples for every update."""
@@ -455,7 +429,6 @@ class Search:
             solvers=self._tables(),
             provenance=self.provenance(),
             searched_shift=self.probe.searched_shift(),
-            interpolate_corrections=self._corrections_help(),
         )
         write_text(self.folder / SCHEDULER, scheduler.to_json_string())
         self._write_state(self.state)
@@ -493,7 +466,6 @@ class Search:
             "processes": self.accelerator.num_processes,
             "network_evaluations": self.state["network_evaluations"],
             "results": {n: {k: e[k] for k in RECORDED if k in e} for n, e in self.state["solvers"].items()},
-            "derived": self.state.get("derived", {}),
             "versions": {name: _version(name) for name in ("diffusers-dssolver", "diffusers", "torch")},
         }
         return facts
@@ -606,7 +578,7 @@ class Search:
         (self.folder / "cache").mkdir(parents=True, exist_ok=True)
         for folder in (self.folder, self.folder / "cache"):
             remove_partial_files(folder)
-        state = {"key": key, "network_evaluations": 0, "derived_network_evaluations": 0, "solvers": {}}
+        state = {"key": key, "network_evaluations": 0, "solvers": {}}
         self._write_state(state)
         return state
 

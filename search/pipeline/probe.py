@@ -24,7 +24,8 @@ from torch.utils.checkpoint import checkpoint
 
 from diffusers_dssolver import DSSolverScheduler
 from diffusers_dssolver.derive import classical, first_order_end, from_neighbours
-from diffusers_dssolver.paths import FlowPath, Path
+from diffusers_dssolver.history import History
+from diffusers_dssolver.paths import FlowPath
 from diffusers_dssolver.solver import SolverSpec
 from diffusers_dssolver.step import Scalar, step
 
@@ -119,9 +120,9 @@ class ProbeScheduler(DSSolverScheduler):
         shift = self._shift()
         return {"factor": shift.factor, "terminal": shift.terminal}
 
-    def derived(self, solvers: Mapping[int, SolverSpec], nfe: int, interpolate_corrections: bool) -> SolverSpec:
+    def derived(self, solvers: Mapping[int, SolverSpec], nfe: int) -> SolverSpec:
         """What a user gets at a step count between two tables."""
-        return from_neighbours(solvers, nfe, self._path, interpolate_corrections)
+        return from_neighbours(solvers, nfe, self._path)
 
     def slopes(self, raw: Tensor) -> Tensor:
         """(N,) weights s_i of the classical second-order rows (.., -s_i, 1 + s_i) on nodes before any shift, 0 where
@@ -132,11 +133,6 @@ class ProbeScheduler(DSSolverScheduler):
         steps = at[1:] - at[:-1]
         second = [i > 0 and row[i - 1] != 0.0 for i, row in enumerate(rows)]
         return torch.stack([steps[i] / (2 * steps[i - 1]) if s else steps.new_zeros(()) for i, s in enumerate(second)])
-
-    @property
-    def path(self) -> Path:
-        """The model's path from noise to data."""
-        return self._path
 
     def angle(self, nodes: Tensor) -> Tensor:
         """The coordinate in which references are interpolated, at final nodes."""
@@ -173,7 +169,8 @@ class ProbeScheduler(DSSolverScheduler):
             rows += (first_order_end(spec) if self._ended else spec).coefficients[len(rows) :]
         fed = nodes[:-1] if offsets is None else (nodes[:-1] + offsets).clamp(0, 1)
         self._install_tensors(nodes, self._path.timestep(fed), rows, device)
-        self._needed = [i + 1 for i in range(len(raw) - 1)] if self._watch else self._needed
+        if self._watch:
+            self._history.needed = [i + 1 for i in range(len(raw) - 1)]
         self._fed = None if offsets is None else self._path.timestep(fed).tolist()
 
     @functools.wraps(DSSolverScheduler.step)
@@ -216,7 +213,7 @@ class ProbeScheduler(DSSolverScheduler):
         own, and never the one that ends the run. Tensors are shared: those with a graph cannot be copied."""
         twin = object.__new__(type(self))
         memo[id(self)] = twin
-        twin.__dict__.update({k: v.copy() if type(v) in (list, set) else v for k, v in vars(self).items()})
+        twin.__dict__.update({k: v.copy() if type(v) in (list, set, History) else v for k, v in vars(self).items()})
         twin._twin = True
         return twin
 
@@ -280,9 +277,9 @@ class ProbeScheduler(DSSolverScheduler):
         return row
 
     def _show(self, index: int, x: Tensor, row: list[Scalar], target: Tensor, watcher: Watcher) -> None:
-        left = _as_batch(target.to(x), x) - step(x, self._history, row, self._a[index], self._b[index])
-        newest = self._history[-1]
-        columns = torch.stack([(self._b[index] * (d - newest)).flatten() for d in self._history[:-1]])
+        *earlier, newest = history = self._history.outputs
+        left = _as_batch(target.to(x), x) - step(x, history, row, self._a[index], self._b[index])
+        columns = torch.stack([(self._b[index] * (d - newest)).flatten() for d in earlier])
         watcher(row, left.flatten(), columns)
 
     @property

@@ -23,11 +23,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from diffusers_dssolver import DSSolverScheduler
+from diffusers_dssolver.choose import SolverSet
 from diffusers_dssolver.derive import first_order_end
-from diffusers_dssolver.figures import told_end
 from diffusers_dssolver.solver import MAX_NFE, SolverSpec
 
-from ..console import say
+from ..console import say, told_end
 from ..pipeline.probe import ProbeScheduler, run
 from ..pipeline.sampler import Sampler
 from ..pipeline.stock import record, takes, teacher_scheduler
@@ -169,13 +169,23 @@ def raw_nodes(steps: int, end: float = 0.0) -> Tensor:
     return torch.cat([even, torch.zeros(1, dtype=torch.float64)])
 
 
+@dataclass(frozen=True)
+class EndedSteps(SolverSet):
+    """Classical steps whose last one begins at `end`."""
+
+    end: float = 0.0
+
+    def classical(self, nodes: Sequence[float]) -> SolverSpec:
+        moved = nodes[0] * raw_nodes(len(nodes) - 1, self.end)
+        return first_order_end(super().classical(moved.tolist()))
+
+
 class EndedScheduler(DSSolverScheduler):
     """Classical steps as a reference takes them that ends early; for runs that stand for the model itself. Made by
     `model_itself`."""
 
-    def _classical(self, nodes: Sequence[float]) -> SolverSpec:
-        moved = nodes[0] * raw_nodes(len(nodes) - 1, self.config.reference_end)
-        return first_order_end(super()._classical(moved.tolist()))
+    def _solver_set(self) -> SolverSet:
+        return EndedSteps(**vars(super()._solver_set()), end=self.config.reference_end)
 
 
 def model_itself(model_config: Mapping[str, Any], end: float = 0.0) -> DSSolverScheduler:

@@ -17,8 +17,9 @@ from dssolver_search.methods.gradient import Descent
 from dssolver_search.methods.objective import terminal_loss
 from dssolver_search.methods.search import Search
 from dssolver_search.settings import SearchConfig
+from tests import documents
 from tests.bench import cost_model
-from tests.bench.cost_model import BEGIN, END, MODELS, README, busiest, measured, numbers, reduced_bytes, report
+from tests.bench.cost_model import MODELS, busiest, measured, numbers, reduced_bytes, report
 from tests.search.test_gradient import told
 from tests.search.test_search import CLOSED_FORM, PAPER, WARP, lines_of, search, searched
 
@@ -164,10 +165,10 @@ def test_bytes_that_are_summed():
 # --- report ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_readme_holds_the_report(sizes, monkeypatch):
+def test_the_document_holds_the_report(sizes, monkeypatch):
     monkeypatch.setattr(cost_model, "measured", lambda model: sizes[model.name])
     text = report()
-    assert README.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0] == text
+    assert documents.block("cost") == text.rstrip()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     sdxl = next(row for row in cells if row[0] == "SDXL")
     seconds = sum(sizes["SDXL"][1].values()) / (989e12 * 0.4)

@@ -73,7 +73,7 @@ def test_corrections_stand_on_the_classical_rows_of_the_nodes_as_they_are(family
 
     def base(at):
         final = probe.final_nodes(at).tolist()
-        return classical(final, probe._path).coefficients
+        return classical(final, probe.path).coefficients
 
     start = 0
     for i, row in enumerate(moved):

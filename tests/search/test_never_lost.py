@@ -25,8 +25,9 @@ from dssolver_search.cli import main
 from dssolver_search.methods import paper as fit_module
 from dssolver_search.methods import search as run_module
 from dssolver_search.methods.paper import MAX_ROLLBACKS
+from dssolver_search.methods.record import Journal
 from dssolver_search.pipeline.probe import ProbeScheduler
-from dssolver_search.storage import Damaged, Journal, read_record, read_tensors, write_record, write_tensors
+from dssolver_search.storage import Damaged, read_record, read_tensors, write_record, write_tensors
 from tests.search.test_search import CLOSED_FORM, PAPER, Bowl, Killed, arguments, fit_bowl, without_clock
 
 STATE, PREVIOUS = "search_state.json", "search_state.previous.json"
