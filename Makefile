@@ -5,6 +5,8 @@ VENV ?= .venv
 RUNS ?= runs
 MODEL ?= flow
 BIN := $(VENV)/bin
+# of the tests; each has one thread
+WORKERS ?= 2
 # accelerate gives a process one CPU thread unless told otherwise
 THREADS ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
 # of the GNU C library, on a CPU: memory of tensors is kept for the next ones, not given back to the system each time
@@ -13,11 +15,11 @@ export MALLOC_TRIM_THRESHOLD_ ?= 1073741824
 
 .PHONY: demo test test-slow test-pipelines lint bench bench-search bench-processes bench-flowdcn study clean
 
-# torch is named twice: for the newest torchvision, which clean-fid asks for, pip would replace it by the newest torch
+# Names torch, which pip would else replace for the newest torchvision, which clean-fid asks for. Compiles no bytecode:
+# most of it is never imported, and compiling it is half of the work.
 $(VENV)/.installed: pyproject.toml tests/torchvision_on_cpu.py
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet "$(TORCH)" --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-compile "$(TORCH)" --editable ".[dev]"
 	$(BIN)/python tests/torchvision_on_cpu.py
 	touch $@
 
@@ -32,13 +34,16 @@ demo: $(VENV)/.installed
 		--pretrained_model_name_or_path search/demo/$(MODEL) \
 		--solver "$(RUNS)/demo/$(MODEL)/searched" --output_dir "$(RUNS)/demo/$(MODEL)"
 
+# each file is one worker's, in the order of conftest.py
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-slow: $(VENV)/.installed
-	$(BIN)/python -m pytest --run-slow
+	$(PYTEST) --run-slow
 
-# every check on every pipeline, and the table of the README
+# every check on every pipeline, and the table of tests/pipelines/README.md
 test-pipelines: $(VENV)/.installed
 	$(BIN)/python -m tests.pipelines.conformance
 

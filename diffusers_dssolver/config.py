@@ -1,30 +1,34 @@
-"""What a `scheduler_config.json` may say, and when a solver's noise schedule is a model's.
+"""Checks of what a `scheduler_config.json` says.
 
-Configurations are untrusted data: every check here ends in a ValueError that names the key, its value and what is
-accepted. "Full" configurations hold every key of `DSSolverScheduler.__init__`.
+Configurations are untrusted data: a failed check is a ValueError that names the key, its value and what is accepted. A
+"full" configuration holds every key of `DSSolverScheduler.__init__`.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from .derive import MAX_FACTOR, MIN_FACTOR, Shift
+from .derive import MAX_FACTOR, MIN_FACTOR, Shift, at_guidance
 from .paths import MAX_TRAIN_TIMESTEPS, PREDICTION_TYPES, ContinuousVPPath, FlowPath, Path, VPPath, make_betas
-from .solver import MAX_NFE, SolverSpec
+from .solver import MAX_NFE, SolverSpec, short
+
+logger = logging.getLogger(__name__)
 
 CLASSICAL = "classical"
+OLD_KEYS = ("interpolate_corrections",)
 SHIFT_KEYS = ("shift", "use_dynamic_shifting", "time_shift_type", "shift_terminal")
 BETA_KEYS = ("beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr", "snr_shift_scale")
 SCHEDULE_KEYS = ("num_train_timesteps", "prediction_type", "invert_sigmas", *BETA_KEYS, *SHIFT_KEYS)
 ARTEFACT_KEYS = (
-    "solvers", "guidance_solvers", "provenance", "continuous_time", "searched_shift", "interpolate_corrections",
-    "mean_decay",
+    "solvers", "guidance_solvers", "provenance", "continuous_time", "searched_shift", "mean_decay"
 )  # fmt: skip
 BOOLEAN_KEYS = (
-    "rescale_betas_zero_snr", "continuous_time", "use_dynamic_shifting", "invert_sigmas", "strict", "thresholding",
-    "interpolate_corrections",
+    "rescale_betas_zero_snr", "continuous_time", "use_dynamic_shifting", "invert_sigmas", "strict", "thresholding"
 )  # fmt: skip
 LARGE = 1e9
 MAX_SCALES = 100
@@ -33,30 +37,87 @@ BELOW_ONE = (0.0, 1 - 1e-6)
 
 
 class Brief(dict):
-    """A dict that prints short: diffusers warns with every key that a class does not know, tables and all."""
+    """A dict with a short repr: diffusers prints keys that a class does not know, tables included."""
 
     def __repr__(self) -> str:
         return f"<{len(self)} entries: {', '.join(map(str, self))}>"
 
 
 def check_keys(config: Mapping[str, Any]) -> None:
-    """What diffusers' own handling of a configuration takes for granted."""
+    """Check what diffusers' handling of configurations takes for granted."""
     for key in config:
-        if not isinstance(key, str) or hasattr(dict, key):  # a key becomes an attribute of diffusers' dict of them
+        if not isinstance(key, str) or hasattr(dict, key):  # keys become attributes of a dict
             raise ValueError(f"the key {str(key)[:60]!r} cannot stand in a scheduler's configuration; remove it")
     defaults = config.get("_use_default_values", [])
     if not isinstance(defaults, list) or not all(isinstance(key, str) for key in defaults):
-        raise ValueError(f"_use_default_values is {_short(defaults)}; it must be a list of keys")
+        raise ValueError(f"_use_default_values is {short(defaults)}; it must be a list of keys")
     name = config.get("_class_name", "")
     if name and not (isinstance(name, str) and name.isidentifier() and name.endswith("Scheduler")):
-        raise ValueError(f"_class_name is {_short(name)}; it must be the name of a scheduler class")
+        raise ValueError(f"_class_name is {short(name)}; it must be the name of a scheduler class")
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a full configuration says.
+
+    Args:
+        path: the model's path.
+        solvers: tables by NFE, at the guidance scale of the configuration.
+        searched_shift: resolution shift contained in their nodes; None: unknown.
+        entries: keys whose values must be replaced, so that the configuration is plain JSON of its own.
+    """
+
+    path: Path
+    solvers: dict[int, SolverSpec]
+    searched_shift: Shift | None
+    entries: dict[str, Any]
+
+
+def check(config: Mapping[str, Any]) -> Checked:
+    """Check a full configuration.
+
+    Raises:
+        ValueError: naming the key, its value and what is accepted.
+    """
+    entries: dict[str, Any] = {"use_flow_sigmas": config["prediction_type"] == "flow_prediction"}
+    if hasattr(config["trained_betas"], "tolist"):
+        entries["trained_betas"] = config["trained_betas"].tolist()
+    if "_use_default_values" in config:
+        # diffusers does not pass these keys on to other classes, which need those of the noise schedule
+        entries["_use_default_values"] = sorted({*config["_use_default_values"]} - {"use_flow_sigmas", *SCHEDULE_KEYS})
+    check_options(config)
+    path = make_path({**config, **entries})
+    solvers = read_solvers(config["solvers"], path)
+    shift = read_shift(config["searched_shift"])
+    if solvers:
+        entries["solvers"] = _plain(solvers)
+    if by_scale := read_guidance_solvers(config["guidance_solvers"], path):
+        entries["guidance_solvers"] = Brief({str(scale): _plain(specs) for scale, specs in by_scale.items()})
+        if config["guidance_scale"] is not None:
+            solvers = at_guidance(by_scale, config["guidance_scale"], path)
+    if isinstance(config["provenance"], dict):
+        entries["provenance"] = Brief(config["provenance"])
+    return Checked(path, solvers, shift, entries)
+
+
+def without_old_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy without keys of former versions; one that asked for something is told, once."""
+    for key in OLD_KEYS:
+        if config.get(key):
+            _tell_old(key)
+    return {key: value for key, value in config.items() if key not in OLD_KEYS}
+
+
+@functools.cache
+def _tell_old(key: str) -> None:
+    logger.warning(f"{key} is a key of a former version; it is ignored")
 
 
 def check_options(config: Mapping[str, Any]) -> None:
-    """All that a full configuration says beside its noise schedule and its solvers."""
+    """Check a full configuration except for its noise schedule and its solvers."""
     for key in BOOLEAN_KEYS:
         if not isinstance(config[key], bool):
-            raise ValueError(f"{key} is {_short(config[key])}; it must be true or false")
+            raise ValueError(f"{key} is {short(config[key])}; it must be true or false")
     if config["history_length"] is not None:
         _check_whole("history_length", config["history_length"], LARGE)
     for key in ("base_image_seq_len", "max_image_seq_len", "max_shift", "base_shift"):
@@ -81,12 +142,12 @@ def make_path(config: Mapping[str, Any]) -> Path:
     count, prediction = config["num_train_timesteps"], config["prediction_type"]
     _check_whole("num_train_timesteps", count, MAX_TRAIN_TIMESTEPS)
     if prediction not in PREDICTION_TYPES:
-        raise ValueError(f"prediction_type is {_short(prediction)}; known: {', '.join(PREDICTION_TYPES)}")
+        raise ValueError(f"prediction_type is {short(prediction)}; known: {', '.join(PREDICTION_TYPES)}")
     if prediction == "flow_prediction":
         _check_number("shift", config["shift"], FACTORS)
         _check_number("shift_terminal", config["shift_terminal"], BELOW_ONE, optional=True)
         if config["time_shift_type"] not in ("exponential", "linear"):
-            raise ValueError(f"time_shift_type is {_short(config['time_shift_type'])}; known: exponential, linear")
+            raise ValueError(f"time_shift_type is {short(config['time_shift_type'])}; known: exponential, linear")
         return FlowPath(count, config["invert_sigmas"])
     trained, scale = config["trained_betas"], config["snr_shift_scale"]
     if trained is not None and (not isinstance(trained, (list, tuple)) or not 1 <= len(trained) <= MAX_TRAIN_TIMESTEPS):
@@ -104,22 +165,22 @@ def make_path(config: Mapping[str, Any]) -> Path:
 
 
 def read_shift(value: Any) -> Shift | None:
-    """`searched_shift` of a configuration."""
+    """The shift that `searched_shift` of a configuration describes."""
     if value is None:
         return None
     if not isinstance(value, Mapping) or set(value) != {"factor", "terminal"}:
-        raise ValueError(f"searched_shift is {_short(value)}; it must have the keys factor and terminal, or be null")
+        raise ValueError(f"searched_shift is {short(value)}; it must have the keys factor and terminal, or be null")
     _check_number("searched_shift: factor", value["factor"], FACTORS)
     _check_number("searched_shift: terminal", value["terminal"], BELOW_ONE, optional=True)
     return Shift(float(value["factor"]), value["terminal"])
 
 
 def read_solvers(solvers: Any, path: Path) -> dict[int, SolverSpec]:
-    """Checked specs by NFE."""
+    """Checked solvers by NFE, from `solvers` of a configuration."""
     if isinstance(solvers, str) and solvers == CLASSICAL:
         return {}
     if not isinstance(solvers, Mapping) or not solvers:
-        raise ValueError(f'solvers must be a dict from step counts to solvers, or "classical", not {_short(solvers)}')
+        raise ValueError(f'solvers must be a dict from step counts to solvers, or "classical", not {short(solvers)}')
     rises = isinstance(path, FlowPath) and path.inverted
     specs = {}
     for key, value in solvers.items():
@@ -141,12 +202,12 @@ def read_solvers(solvers: Any, path: Path) -> dict[int, SolverSpec]:
 
 
 def read_guidance_solvers(by_scale: Any, path: Path) -> dict[float, dict[int, SolverSpec]]:
-    """`guidance_solvers` of a configuration: checked specs by guidance scale, rising, and by NFE."""
+    """Checked solvers by guidance scale (rising) and NFE, from `guidance_solvers` of a configuration."""
     if by_scale is None:
         return {}
     if not isinstance(by_scale, Mapping) or not 1 <= len(by_scale) <= MAX_SCALES:
         kind = f"a dict from 1 to {MAX_SCALES} guidance scales to solvers"
-        raise ValueError(f"guidance_solvers must be {kind}, not {_short(by_scale)}")
+        raise ValueError(f"guidance_solvers must be {kind}, not {short(by_scale)}")
     found: dict[float, dict[int, SolverSpec]] = {}
     for key, solvers in by_scale.items():
         name = f"guidance_solvers[{str(key)[:60]!r}]"
@@ -157,7 +218,7 @@ def read_guidance_solvers(by_scale: Any, path: Path) -> dict[float, dict[int, So
         if not abs(scale) <= LARGE or scale in found:
             raise ValueError(f"{name}: the key must be a guidance scale, each one once")
         if not isinstance(solvers, Mapping):
-            raise ValueError(f"{name} is {_short(solvers)}; it must be a dict from step counts to solvers")
+            raise ValueError(f"{name} is {short(solvers)}; it must be a dict from step counts to solvers")
         try:
             found[scale] = read_solvers(solvers, path)
         except ValueError as error:
@@ -170,48 +231,15 @@ def read_guidance_solvers(by_scale: Any, path: Path) -> dict[float, dict[int, So
 
 def is_flow(config: Mapping[str, Any]) -> bool:
     """Whether any scheduler's configuration is a flow model's: it says so, or has a shift and no betas (FlowMatch)."""
-    if "solvers" in config:  # ours, perhaps carried along by another class: it says what it is
+    if "solvers" in config:  # ours, perhaps carried along by another class; it names its prediction type
         return config.get("prediction_type", "epsilon") == "flow_prediction"
     if config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas"):
         return True
     return "shift" in config and "beta_start" not in config
 
 
-def mismatch(model: Mapping[str, Any], solver: Mapping[str, Any]) -> str | None:
-    """Why the solvers of one full configuration cannot be used on the model of another; None if they can. Another
-    resolution shift is no reason, as long as it is known at which one they were searched (`searched_at`)."""
-    flow = [config["prediction_type"] == "flow_prediction" for config in (solver, model)]
-    if flow[0] != flow[1]:
-        kinds = ["flow" if f else "vp" for f in flow]
-        return f"is for {kinds[0]} models, this model is {kinds[1]}: it would be meaningless"
-    ours, theirs = _facts(solver), _facts(model)
-    free = set(SHIFT_KEYS) if searched_at(solver) else set()
-    tables = [solver["solvers"], *(solver["guidance_solvers"] or {}).values()]
-    if not any("timesteps" in table for by_count in tables for table in by_count.values()):
-        free.add("invert_sigmas")  # nodes are noise levels, whichever way the network counts its time
-    for key in (key for key in theirs if key not in free):
-        if ours[key] != theirs[key]:
-            return f"was searched with {key} = {ours[key]!r}, this model has {theirs[key]!r}"
-    return None
-
-
-def searched_at(solver: Mapping[str, Any]) -> dict[str, float | None] | None:
-    """The resolution shift contained in a full configuration's nodes: recorded, or its own where that is constant."""
-    if solver["searched_shift"] is not None:
-        return solver["searched_shift"]
-    if solver["prediction_type"] != "flow_prediction" or solver["use_dynamic_shifting"]:
-        return None
-    return {"factor": solver["shift"], "terminal": solver["shift_terminal"]}
-
-
-def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a solver's validity hangs on."""
-    if config["prediction_type"] == "flow_prediction":
-        return {key: config[key] for key in ("num_train_timesteps", "invert_sigmas", *SHIFT_KEYS)}
-    facts = {key: config[key] for key in ("num_train_timesteps", *BETA_KEYS)}
-    if facts["trained_betas"] is not None:
-        facts |= {"beta_schedule": "trained_betas", "beta_start": None, "beta_end": None}
-    return facts
+def _plain(specs: Mapping[int, SolverSpec]) -> Brief:
+    return Brief({str(nfe): spec.to_dict() for nfe, spec in specs.items()})
 
 
 def _check_number(name: str, value: Any, between: tuple[float, float], optional: bool = False) -> None:
@@ -220,17 +248,9 @@ def _check_number(name: str, value: Any, between: tuple[float, float], optional:
     low, high = between
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
         null = ", or null" if optional else ""
-        raise ValueError(f"{name} is {_short(value)}; it must be a number from {low:g} to {high:g}{null}")
+        raise ValueError(f"{name} is {short(value)}; it must be a number from {low:g} to {high:g}{null}")
 
 
 def _check_whole(name: str, value: Any, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
-        raise ValueError(f"{name} is {_short(value)}; it must be a whole number from 1 to {high:g}")
-
-
-def _short(value: Any) -> str:
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # an integer of thousands of digits, or nesting without end
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= 60 else text[:57] + "..."
+        raise ValueError(f"{name} is {short(value)}; it must be a whole number from 1 to {high:g}")

@@ -1,10 +1,8 @@
 """Solvers for which no table was searched: other step counts, other resolution shifts, grids of the user's own.
 
-The node curve of a searched solver, node as a function of i/N, carries over to other step counts. Its weights are the
-classical ones of its nodes plus a learned correction; under a resolution shift the correction is kept and the classical
-part is computed anew. Between step counts the correction is taken along only where that was measured to help
-(neighbouring searches may sit in different minima); else derived solvers have classical rows: Adams-Bashforth 2 on flow
-paths, DPM-Solver++(2M) on vp paths.
+The node curve of a searched solver (node as a function of i/N) is used at other step counts, with classical rows:
+Adams-Bashforth 2 on flow paths, DPM-Solver++(2M) on vp paths. The weights of a searched solver are the classical ones
+of its nodes plus a learned correction; a resolution shift keeps the correction and recomputes the classical part.
 """
 
 from __future__ import annotations
@@ -27,8 +25,8 @@ Number = TypeVar("Number", float, torch.Tensor)
 
 @dataclass(frozen=True)
 class Shift:
-    """The resolution shift of flow models: sigma' = e sigma / (1 + (e - 1) sigma), e = `factor`; then, if `terminal`
-    is given, a stretch that puts the last network call at sigma = `terminal`.
+    """The resolution shift of flow models: sigma' = e sigma / (1 + (e - 1) sigma) with e = `factor`. If `terminal` is
+    given, a stretch then puts the last network call at sigma = `terminal`.
 
     Source: Esser et al., arXiv 2403.03206, Sec. 5.3.2, as diffusers' FlowMatchEulerDiscreteScheduler computes it.
     """
@@ -37,7 +35,7 @@ class Shift:
     terminal: float | None = None
 
     def __call__(self, sigmas: Sequence[float]) -> tuple[float, ...]:
-        """N+1 falling sigmas, the last 0, to N+1 shifted ones."""
+        """Shift N+1 falling sigmas, the last of them 0."""
         moved = [warp(s, self.factor) for s in sigmas]
         if self.terminal and len(sigmas) > 2:
             scale = (1 - moved[-2]) / (1 - self.terminal)
@@ -45,8 +43,10 @@ class Shift:
         return tuple(moved)
 
     def map_to(self, other: Shift, nodes: Sequence[float]) -> Curve:
-        """The monotone map from sigmas that were shifted by this to the same shifted by `other` instead, for a solver
-        with these N+1 nodes. A stretch is undone so that the last call falls where a shifted 1/N is."""
+        """The monotone map from sigmas shifted by this to sigmas shifted by `other`, for a solver with these N+1 nodes.
+
+        A stretch is undone such that the last call falls on a shifted 1/N.
+        """
         if self == other:
             return lambda sigma: sigma
         n, last = len(nodes) - 1, nodes[-2]
@@ -66,8 +66,11 @@ def warp(sigma: Number, factor: float) -> Number:
 
 
 def reshifted(spec: SolverSpec, searched: Shift, target: Shift, path: FlowPath) -> SolverSpec:
-    """A solver searched at one resolution shift, for another: nodes and network times are warped, the classical part
-    of the weights is that of the warped nodes, the learned correction stays."""
+    """A solver searched at one resolution shift, for use at another.
+
+    Nodes and network times are warped. The classical part of the weights is recomputed on the warped nodes; the learned
+    correction is kept.
+    """
     if searched == target:
         return spec
     move = searched.map_to(target, spec.nodes)
@@ -82,8 +85,11 @@ def reshifted(spec: SolverSpec, searched: Shift, target: Shift, path: FlowPath) 
 
 
 def at_guidance(by_scale: Mapping[float, Mapping[int, SolverSpec]], scale: float, path: Path) -> dict[int, SolverSpec]:
-    """Solvers by NFE for a guidance scale between searched ones: nodes, weights and network times of the next lower and
-    the next higher one, blended linearly in the scale; beyond all of them those of the nearest."""
+    """Solvers by NFE for a guidance scale between searched ones.
+
+    Nodes, weights and network times of the next lower and next higher scale are blended linearly in the scale. Outside
+    all scales, the solvers of the nearest one.
+    """
     scales = sorted(by_scale)
     scale = min(max(scale, scales[0]), scales[-1])
     lower, upper = max(s for s in scales if s <= scale), min(s for s in scales if s >= scale)
@@ -94,7 +100,7 @@ def at_guidance(by_scale: Mapping[float, Mapping[int, SolverSpec]], scale: float
 
 
 def _blended(a: SolverSpec, b: SolverSpec, share: float, path: Path) -> SolverSpec:
-    """(1 - share) a + share b, both with as many steps."""
+    """(1 - share) a + share b, for two solvers with the same number of steps."""
 
     def mix(first: Sequence[float], second: Sequence[float]) -> Row:
         return tuple((1 - share) * x + share * y for x, y in zip(first, second, strict=True))
@@ -107,7 +113,7 @@ def _blended(a: SolverSpec, b: SolverSpec, share: float, path: Path) -> SolverSp
 
 
 def corrections(spec: SolverSpec, path: Path) -> list[list[float]]:
-    """What was learned: the weights minus the classical ones of the same nodes; every row sums to 0."""
+    """The learned part of the weights: minus the classical weights of the same nodes. Every row sums to 0."""
     base = classical(spec.nodes, path).coefficients
     return [[c - b for c, b in zip(*pair, strict=True)] for pair in zip(spec.coefficients, base, strict=True)]
 
@@ -120,8 +126,8 @@ def uniform_nodes(nfe: int, path: Path) -> tuple[float, ...]:
 def classical(nodes: Sequence[float], path: Path, order: int = 2, stretched: bool = False) -> SolverSpec:
     """Adams-Bashforth (flow) or DPM-Solver++ (vp) of this order on these nodes; order 1 is Euler or DDIM.
 
-    With many steps a grid that is `stretched` to a terminal shift has a last step far longer than the one before; an
-    extrapolation over it would grow with N, so beyond twice its length it is an Euler step.
+    The last step of a grid that is `stretched` to a terminal shift is far longer than the others, and an extrapolation
+    over it grows with N. Where it is longer than twice the step before, it is an Euler step.
     """
     if isinstance(path, FlowPath):
         spec = SolverSpec.adams_bashforth(nodes, order)
@@ -132,67 +138,26 @@ def classical(nodes: Sequence[float], path: Path, order: int = 2, stretched: boo
 
 
 def first_order_end(spec: SolverSpec) -> SolverSpec:
-    """The same with a last step of Euler or DDIM: it ends in the data that the network predicts at the last node."""
+    """The same with an Euler or DDIM step at the end, which gives the data that the last network call predicts."""
     return replace(spec, coefficients=(*spec.coefficients[:-1], (0.0,) * (spec.nfe - 1) + (1.0,)))
 
 
-def from_neighbours(
-    solvers: Mapping[int, SolverSpec], nfe: int, path: Path, interpolate_corrections: bool = False
-) -> SolverSpec:
-    """A solver for `nfe` steps without a table: the node curves of the next smaller and next larger table, blended
-    linearly in N (only the one there is, outside their range), with classical rows.
+def from_neighbours(solvers: Mapping[int, SolverSpec], nfe: int, path: Path) -> SolverSpec:
+    """A solver for `nfe` steps without a table: classical rows on interpolated nodes.
 
-    Args:
-        solvers: at least one searched solver by its NFE.
-        nfe: the step count wanted, 1 or more.
-        interpolate_corrections: between two tables, also blend what they learned (by position i/N and lag), weights
-            and network times alike. Outside their range this changes nothing: many steps converge by themselves.
+    The node curves of the next smaller and next larger table are blended linearly in N; outside the range of the
+    tables the nearest curve is used alone.
     """
     below = max((n for n in solvers if n <= nfe), default=min(solvers))
     above = min((n for n in solvers if n >= nfe), default=max(solvers))
     blend = (nfe - below) / (above - below) if above > below else 0.0
-    pair = [(1 - blend, solvers[below]), (blend, solvers[above])]
-    curves = [(share, node_curve(spec.nodes)) for share, spec in pair]
-    nodes = (*(sum(share * curve(i / nfe) for share, curve in curves) for i in range(nfe)), 0.0)
-    spec = classical(nodes, path)
-    if not interpolate_corrections or below == above:
-        return spec
-    learned = [(share, corrections(s, path), time_offsets(s, path)) for share, s in pair]
-    rows: list[Row] = []
-    fed = []
-    for i, row in enumerate(spec.coefficients):
-        at = i / (nfe - 1)
-        by_lag = [sum(share * _at(table, at, lag) for share, table, _ in learned) for lag in range(i + 1)]
-        by_lag[-1] -= math.fsum(by_lag)  # what reaches back too far falls to the oldest
-        rows.append(tuple(c + d for c, d in zip(row, reversed(by_lag), strict=True)))
-        offset = sum(share * _at(offsets, at) for share, _, offsets in learned)
-        fed.append(nodes[i] + offset * (nodes[i] - nodes[i + 1]))
-    offset_times = any(offsets for _, _, offsets in learned) and all(1 >= a > b >= 0 for a, b in pairwise(fed))
-    return SolverSpec(nodes, tuple(rows), _times(fed, path) if offset_times else None)
+    curves = [(1 - blend, node_curve(solvers[below].nodes)), (blend, node_curve(solvers[above].nodes))]
+    nodes = [sum(share * curve(i / nfe) for share, curve in curves) for i in range(nfe)]
+    return classical((*nodes, 0.0), path)
 
 
 def _times(nodes: Sequence[float], path: Path) -> tuple[float, ...]:
     return tuple(path.timestep(torch.tensor(nodes, dtype=torch.float64).clamp(0, 1)).tolist())
-
-
-def time_offsets(spec: SolverSpec, path: Path) -> list[list[float]]:
-    """How far what the network is fed lies from each node, in steps; N lists of one number, or none."""
-    if spec.timesteps is None:
-        return []
-    fed = path.node(torch.tensor(spec.timesteps, dtype=torch.float64)).tolist()
-    return [[(t - a) / (a - b)] for t, (a, b) in zip(fed, pairwise(spec.nodes), strict=True)]
-
-
-def _at(table: Sequence[Sequence[float]], position: float, lag: int = 0) -> float:
-    """Entry `lag` from the end of the row at `position` in [0, 1], first row to last, between rows linearly; 0 where
-    there is none."""
-    if not table:
-        return 0.0
-    place = position * (len(table) - 1)
-    low = int(place)
-    high = min(low + 1, len(table) - 1)
-    values = [row[-1 - lag] if lag < len(row) else 0.0 for row in (table[low], table[high])]
-    return values[0] + (place - low) * (values[1] - values[0])
 
 
 def node_curve(nodes: Sequence[float]) -> Curve:

@@ -1,6 +1,6 @@
-"""The noise levels that pipelines of diffusers pass to `set_timesteps` when their user asked for a step count only.
+"""Noise levels that pipelines of diffusers pass to `set_timesteps` when their user asked for a step count only.
 
-A scheduler cannot tell such a default from a user's own grid but by its numbers. Standard library only.
+Only its numbers tell such a default from a user's own grid. Standard library only.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ TOLERANCE = 1e-4
 
 
 def default_grids(n: int, num_train_timesteps: int = 1000) -> dict[str, list[float]]:
-    """The default grids of n flow sigmas, noisiest first, by name; in brackets some of the pipelines that pass them.
+    """Default grids of n flow sigmas, noisiest first, by name; in brackets some of the pipelines that pass them.
 
     - uniform: 1 .. 1/n (FLUX, Lumina2, Qwen-Image, ...), also written as 1 .. 0 without its end (HunyuanVideo);
     - below one: .999 .. 0 without its end (Helios);
@@ -30,19 +30,19 @@ def default_grids(n: int, num_train_timesteps: int = 1000) -> dict[str, list[flo
     }
 
 
-def is_default(sigmas: Sequence[float], num_train_timesteps: int = 1000) -> bool:
-    """Whether these flow sigmas are a pipeline's default for their number, within 1e-4."""
+def default_name(sigmas: Sequence[float], num_train_timesteps: int = 1000) -> str | None:
+    """Name of the default grid that these flow sigmas are, for their number; None for a grid of the user's own."""
     for name, grid in default_grids(len(sigmas), num_train_timesteps).items():
         tolerances = [TOLERANCE] * len(grid)
-        if name in ("integer", "trained"):  # a product's last digit decides between two whole numbers, not at the ends
+        if name in ("integer", "trained"):  # rounding decides between two whole numbers, except at the ends
             tolerances[1:-1] = [TOLERANCE + 1 / num_train_timesteps] * len(grid[1:-1])
         if all(abs(a - b) <= c for a, b, c in zip(sigmas, grid, tolerances, strict=True)):  # false for NaN
-            return True
-    return False
+            return name
+    return None
 
 
 def _linear_quadratic(n: int, linear_way: float = 0.025) -> list[float]:
-    """From 1, n//2 equal steps over `linear_way`, then a parabola with that slope at their end, which reaches 0."""
+    """n//2 equal steps from 1 over `linear_way`, then a parabola that continues their slope and reaches 0."""
     linear = n // 2
     if linear == 0:
         return [1.0]

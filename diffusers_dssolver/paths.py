@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,8 +28,15 @@ BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 MAX_TRAIN_TIMESTEPS = 100_000
 
 
+def as_float64(values: Any) -> Tensor:
+    """Numbers of any kind as float64 on the CPU, moved before they are converted: Apple's MPS has no float64."""
+    if isinstance(values, Tensor):
+        return values.detach().cpu().double()
+    return torch.as_tensor(values, dtype=torch.float64)
+
+
 class Path:
-    """What flow and vp have in common. Nodes, alphas and sigmas are float64 tensors of any one shape (...)."""
+    """Interface of both paths. Nodes, alphas and sigmas are float64 tensors of the same shape (...)."""
 
     num_train_timesteps: int
     first_node: float = 1.0
@@ -38,12 +46,20 @@ class Path:
         raise NotImplementedError
 
     def timestep(self, node: Tensor) -> Tensor:
-        """What the network is fed at a node."""
+        """The time that the network is fed at a node."""
         return node * self.num_train_timesteps
 
     def node(self, timestep: Tensor) -> Tensor:
         """The inverse of `timestep`, clamped to the path."""
         return (timestep.double() / self.num_train_timesteps).clamp(0, 1)
+
+    def level(self, node: Tensor) -> Tensor:
+        """What diffusers' schedulers list in `sigmas`: sigma/alpha (vp) or the flow's sigma, reversed if inverted."""
+        raise NotImplementedError
+
+    def node_at(self, level: Tensor) -> Tensor:
+        """The inverse of `level`."""
+        raise NotImplementedError
 
     def transition(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """The factors (A_i, B_i), each (N,), of the N steps between N+1 nodes with these alphas and sigmas."""
@@ -84,6 +100,12 @@ class FlowPath(Path):
     def node(self, timestep: Tensor) -> Tensor:
         node = Path.node(self, timestep)
         return 1 - node if self.inverted else node
+
+    def level(self, node: Tensor) -> Tensor:
+        return 1 - node if self.inverted else node
+
+    def node_at(self, level: Tensor) -> Tensor:
+        return self.level(level)
 
     def transition(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ones_like(sigma[1:]), sigma[1:] - sigma[:-1]
@@ -134,6 +156,19 @@ class VPPath(Path):
         alpha = torch.rsqrt(1 + ratio * ratio)
         return alpha, ratio * alpha
 
+    def level(self, node: Tensor) -> Tensor:
+        alpha, sigma = self.alpha_sigma(node)
+        return sigma / alpha
+
+    def node_at(self, level: Tensor) -> Tensor:
+        """Exact between timesteps too; levels above the path's own are put at its first node."""
+        log_level = torch.log(level)
+        high = torch.searchsorted(self.log_ratio, log_level).clamp(1, self.num_train_timesteps - 1)
+        low_ratio, high_ratio = self.log_ratio[high - 1], self.log_ratio[high]
+        k = high - 1 + (log_level - low_ratio) / (high_ratio - low_ratio).clamp(min=1e-12)
+        below = level / torch.exp(self.log_ratio[0])  # linear, below timestep 0
+        return (torch.where(below < 1, below, k + 1) / self.num_train_timesteps).clamp(0, 1)
+
     def transition(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         a = sigma[1:] / sigma[:-1]
         return a, alpha[1:] - a * alpha[:-1]
@@ -153,8 +188,10 @@ class VPPath(Path):
 
 @dataclass(frozen=True)
 class ContinuousVPPath(VPPath):
-    """The continuous VP formula that the published DiT tables were searched with: node = t, the network is fed t*T,
-    alpha = exp(-t^2 (b1 - b0)/4 - t b0/2) with b = T * beta, t from 0.999 and clamped to [0.001, 1].
+    """The continuous VP formula with which the published DiT tables were searched.
+
+    node = t, the network is fed t T, alpha = exp(-t^2 (b1 - b0)/4 - t b0/2) with b = T beta. t starts at 0.999 and is
+    clamped to [0.001, 1].
 
     Source: Song et al., arXiv 2011.13456, Eq. (32); paper Sec. 6 and its official release.
     """
@@ -166,6 +203,13 @@ class ContinuousVPPath(VPPath):
 
     def node(self, timestep: Tensor) -> Tensor:
         return Path.node(self, timestep)
+
+    def node_at(self, level: Tensor) -> Tensor:
+        """The positive root of t^2 (b1 - b0)/4 + t b0/2 = log(1 + level^2)/2."""
+        b0, b1 = self.betas[0] * self.num_train_timesteps, self.betas[-1] * self.num_train_timesteps
+        c = 0.5 * torch.log1p(level * level)
+        t = 2 * c / (0.5 * b0 + torch.sqrt(0.25 * b0 * b0 + (b1 - b0) * c))
+        return torch.where(level > 0, t, 0.0).clamp(0, 1)
 
     def alpha_sigma(self, node: Tensor) -> tuple[Tensor, Tensor]:
         t = node.clamp(0.001, 1)
@@ -183,8 +227,7 @@ def make_betas(
     rescale_betas_zero_snr: bool,
     snr_shift_scale: float = 1.0,
 ) -> tuple[float, ...]:
-    """The T betas that diffusers' schedulers make from the same configuration keys; as many as `trained_betas` where
-    those are given.
+    """The T betas that diffusers' schedulers make from the same keys, or `trained_betas`, of any number.
 
     Sources: Ho et al., arXiv 2006.11239 (linear); Rombach et al., arXiv 2112.10752 (scaled_linear); Nichol and
     Dhariwal, arXiv 2102.09672 (squaredcos_cap_v2); Lin et al., arXiv 2305.08891, Alg. 1 (zero terminal SNR); Yang et

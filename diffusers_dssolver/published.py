@@ -1,4 +1,4 @@
-"""The solvers that travel with the package: the very folders of `hub_cards/`. Standard library only."""
+"""The solvers that ship with the package, the folders of `hub_cards/`. Standard library only."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def cards_folder() -> Path:
 
 
 def published_solvers() -> tuple[str, ...]:
-    """Names that `DSSolverScheduler.from_published` takes, in the order in which `from_config` tries them."""
+    """Names for `DSSolverScheduler.from_published`, in the order in which `from_config` tries them."""
     return tuple(sorted(path.parent.name for path in cards_folder().glob(f"*/{CONFIG_NAME}")))
 
 
@@ -24,7 +24,7 @@ def published_config(name: str) -> dict[str, Any]:
     """The configuration of one shipped solver.
 
     Raises:
-        ValueError: for a name that is not shipped, with those that are.
+        ValueError: for an unknown name, with the known ones.
     """
     if name not in published_solvers():
         raise ValueError(f"no published solver is named {name!r}; there are: {', '.join(published_solvers())}")

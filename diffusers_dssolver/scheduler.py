@@ -1,45 +1,30 @@
-"""`DSSolverScheduler`: searched solvers as a diffusers scheduler. The one file that knows its calling contract."""
+"""`DSSolverScheduler`: searched solvers behind the calling contract of diffusers' schedulers."""
 
 from __future__ import annotations
 
-import inspect
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput, logging
 from torch import Tensor
 
-from .config import (
-    ARTEFACT_KEYS,
-    CLASSICAL,
-    SCHEDULE_KEYS,
-    Brief,
-    check_keys,
-    check_options,
-    is_flow,
-    make_path,
-    mismatch,
-    read_guidance_solvers,
-    read_shift,
-    read_solvers,
-    searched_at,
-)  # fmt: skip
-from .derive import Shift, at_guidance, classical, dynamic_shift, from_neighbours, reshifted, uniform_nodes, warp
-from .grids import TOLERANCE, is_default
-from .paths import FlowPath, VPPath
-from .published import published_config, published_solvers
-from .solver import MAX_NFE, SolverSpec, fold
-from .step import Scalar, decayed_mean, split_mean, step, weighted_sum
+from .choose import SolverSet
+from .config import CLASSICAL, check
+from .derive import Shift, dynamic_shift, uniform_nodes
+from .history import History
+from .loading import LoadableScheduler
+from .paths import FlowPath, Path, as_float64
+from .solver import SolverSpec
+from .step import Scalar, combine, scalars, step, threshold
+from .training import NoiseSchedule
 
 logger = logging.get_logger(__name__)
 
-SEARCH_COMMAND = "python -m dssolver_search search --pretrained_model_name_or_path MODEL --nfe 5 8 --output_dir OUT"
 LEARNED_VARIANCE = ("learned", "learned_range")
 
 
@@ -55,44 +40,38 @@ class DSSolverSchedulerOutput(BaseOutput):
     pred_original_sample: Tensor | None = None
 
 
-class SolverFileError(OSError, ValueError):
-    """A solver file that is absent or is not JSON (an OSError for diffusers' own loaders, a ValueError for users)."""
+class DSSolverScheduler(NoiseSchedule, LoadableScheduler):  # type: ignore[misc]  # diffusers' two bases disagree
+    """Searched multistep solvers, a drop-in for the deterministic schedulers of diffusers.
 
-
-class DSSolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' own two bases disagree
-    """Searched multistep solvers, drop-in for the deterministic schedulers of diffusers.
-
-    A step count with a table in `solvers` uses it; any other gets a derived solver (and says so once). N steps are
-    exactly N network calls. Rows for a history that is shorter than the table expects (image-to-image, restarts) are
-    folded so that they still sum to 1.
+    A step count with a table in `solvers` uses it; any other count gets a derived solver, and a warning once. N steps
+    take exactly N network calls. A history shorter than a row expects (image-to-image, restarts) folds the row, so
+    that its weights still sum to 1.
 
     Args:
         num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr,
-            snr_shift_scale: the noise schedule of vp models, as diffusers' own schedulers read it.
+            snr_shift_scale: noise schedule of vp models, as in diffusers' schedulers.
         prediction_type: "epsilon", "v_prediction", "sample" (vp), or "flow_prediction" (flow: velocity = noise - data).
-        continuous_time: alpha and sigma of vp from the continuous formula (as the published DiT solvers need).
+        continuous_time: alpha and sigma of vp from the continuous formula, as the published DiT solvers need.
         shift, use_dynamic_shifting, time_shift_type, shift_terminal, invert_sigmas, base_shift, max_shift,
             base_image_seq_len, max_image_seq_len: resolution shift of flow models, as in FlowMatchEulerDiscrete.
-        searched_shift: {"factor": e, "terminal": number or null}, the shift that is contained in the nodes of
-            `solvers`: where the model's own differs, tables are warped. None: they are used as they are.
+        searched_shift: {"factor": e, "terminal": number or null}, the shift contained in the nodes of `solvers`. Tables
+            are warped where the model's own shift differs. None: nodes are used as they are.
         thresholding, dynamic_thresholding_ratio, sample_max_value: dynamic thresholding of the predicted data (vp).
         variance_type: "learned" or "learned_range": the network's output has variances behind the prediction.
-        use_flow_sigmas: kept for pipelines that read it.
+        use_flow_sigmas: follows from `prediction_type`; kept for the classes and pipelines that read it.
         solvers: {"8": {"nodes": [9 numbers], "timesteps": [8, optional], "coefficients": [[1.0], ...]}, ...}, or
             "classical": derived solvers only, Adams-Bashforth 2 (flow) and DPM-Solver++(2M) (vp) on uniform nodes.
         guidance_solvers: solvers by guidance scale, {"1.5": {"8": {...}, ...}, "4.0": {...}}, for the same step counts.
-        guidance_scale: that of the coming runs, which a scheduler is not told by pipelines: `guidance_solvers` of the
-            scales around it, blended, take the place of `solvers`; beyond all scales those of the nearest.
-        provenance: how the solvers were found; data, not interpreted.
+        guidance_scale: guidance scale of the coming runs, of which pipelines tell a scheduler nothing. The
+            `guidance_solvers` of the scales around it, blended, replace `solvers`; outside all scales, the nearest.
+        provenance: record of how the solvers were found; not interpreted.
         strict: raise for a step count that has no table.
-        interpolate_corrections: between two tables, derived solvers take over what both learned beside the nodes; set
-            by a search that measured it to help.
-        history_length: at most this many model outputs are held, 1 or more (longer rows are folded); None: all that
-            the solver uses.
-        mean_decay: of flow models, 0 to 1: rows weigh velocities without their means (`step.split_mean`), in whose
-            place comes the average of the means so far, that of k steps ago with weight mean_decay^k (0: the newest,
-            1: all alike). Against grid artefacts of solvers searched on another model, such as ImageNet's on FLUX
-            (Sec. 7.1). It belongs to the tables: `from_config` with other `solvers` leaves it behind. None: off.
+        history_length: number of model outputs held at most, 1 or more; longer rows are folded. None: all that the
+            solver uses.
+        mean_decay: flow only, 0 to 1. Rows weigh velocities without their spatial means, which are replaced by the
+            average of the means so far, the one of k steps ago with weight mean_decay^k. Against grid artefacts of
+            solvers searched on another model, such as ImageNet's on FLUX (paper, Sec. 7.1). It belongs to the tables:
+            `from_config` with other `solvers` drops it. None: off.
 
     Raises:
         ValueError: naming the key, its value and what is accepted.
@@ -106,10 +85,9 @@ class DSSolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
     ]
     order = 1
     init_noise_sigma = 1.0
-    last_sample = None  # a name of UniPC's that ChronoEdit reads: no step looks at an earlier sample
-    config: Any  # a FrozenDict whose keys are attributes too
+    last_sample = None  # a name of UniPC's that ChronoEdit reads: no step uses an earlier sample
+    config: Any  # a FrozenDict, whose keys are attributes too
     _step_index: int | None
-    _last_index: int
 
     @register_to_config
     def __init__(
@@ -141,139 +119,20 @@ class DSSolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
         dynamic_thresholding_ratio: float = 0.995,
         sample_max_value: float = 1.0,
         searched_shift: dict[str, float | None] | None = None,
-        interpolate_corrections: bool = False,
         history_length: int | None = None,
         guidance_solvers: dict[str, dict[str, dict[str, list]]] | None = None,
         guidance_scale: float | None = None,
         mean_decay: float | None = None,
     ) -> None:
-        if isinstance(trained_betas, np.ndarray):
-            self.register_to_config(trained_betas=trained_betas.tolist())
-        self.register_to_config(use_flow_sigmas=prediction_type == "flow_prediction")
-        if "_use_default_values" in self.config:
-            # diffusers does not tell other classes of these; of the noise schedule they shall hear
-            unsaid = sorted(set(self.config["_use_default_values"]) - {"use_flow_sigmas", *SCHEDULE_KEYS})
-            self.register_to_config(_use_default_values=unsaid)
-        check_options(self.config)
-        self._path = make_path(self.config)
-        self._solvers = read_solvers(solvers, self._path)
-        self._searched = read_shift(searched_shift)
-        if self._solvers:  # plain lists under text keys, and no list of the caller's
-            self.register_to_config(solvers=_plain(self._solvers))
-        if by_scale := read_guidance_solvers(guidance_solvers, self._path):
-            told = Brief({str(scale): _plain(specs) for scale, specs in by_scale.items()})
-            self.register_to_config(guidance_solvers=told)
-            if guidance_scale is not None:
-                self._solvers = at_guidance(by_scale, guidance_scale, self._path)
-        if isinstance(provenance, dict):
-            self.register_to_config(provenance=Brief(provenance))
-        self._announced: set[int] = set()
+        checked = check(self.config)
+        self._path, self._solvers, self._searched = checked.path, checked.solvers, checked.searched_shift
+        self.register_to_config(**checked.entries)
+        self._said: set[str] = set()
         self._begin_index: int | None = None
         self._mu: float | None = None
         self.num_inference_steps: int | None = None
         nodes = torch.tensor(uniform_nodes(num_train_timesteps, self._path), dtype=torch.float64)
-        self._install_tensors(nodes, self._path.timestep(nodes[:-1]), (), None)  # what there is before set_timesteps
-
-    # --- loading ---------------------------------------------------------------------------------------------------
-
-    @classmethod
-    def from_published(cls, name: str, **kwargs: Any) -> DSSolverScheduler:
-        """A solver that ships with the package (`published_solvers()`), offline.
-
-        Raises:
-            ValueError: for an unknown name.
-        """
-        return cls.from_config(published_config(name), **kwargs)
-
-    @classmethod
-    def from_config(
-        cls, config: Mapping[str, Any] | None = None, return_unused_kwargs: bool = False, **kwargs: Any
-    ) -> Any:
-        """From any scheduler's configuration: flow or vp is inferred, and the solvers are those of
-
-        - the configuration itself, if it has any;
-        - `solvers="classical"`: none, every step count is derived;
-        - `solvers="org/solver"`, a folder or a published name: that artefact, after its noise schedule was compared;
-        - otherwise the first published artefact whose noise schedule is the model's.
-
-        Raises:
-            ValueError: if the artefact belongs to another noise schedule, if none fits, or for an unknown argument.
-        """
-        if not isinstance(config, Mapping):
-            raise ValueError(f"config is {config!r}; pass a scheduler's configuration, such as pipe.scheduler.config")
-        check_keys(config)
-        known = cls._get_init_keys(cls) - {"self"}
-        if unknown := sorted(set(kwargs) - known):
-            raise ValueError(f"{cls.__name__} has no argument {unknown[0]!r}; there are: {', '.join(sorted(known))}")
-        for key, known_value in (("sigma_data", None), ("timestep_type", "discrete")):
-            if config.get(key, known_value) != known_value:
-                raise ValueError(
-                    f"{key} is {config[key]!r}: this model is sampled in EDM noise levels, which are neither flow nor "
-                    f"vp and which {cls.__name__} does not know; keep its own scheduler"
-                )
-        # diffusers drops what is another class's default on conversion; of a noise schedule it is a fact of the model
-        facts = {key: config[key] for key in SCHEDULE_KEYS if key in config}
-        if is_flow(config):
-            facts["prediction_type"] = "flow_prediction"
-            if "shift" not in config and config.get("flow_shift") is not None:  # UniPC and DPMSolver call it so
-                facts["shift"] = config["flow_shift"]
-        defaults = config.get("_use_default_values", [])
-        given = {**{k: v for k, v in config.items() if k not in defaults}, **facts, **kwargs}
-        source, asked = given.get("solvers"), {key: kwargs[key] for key in kwargs if key == "mean_decay"}
-        if source is None:
-            kwargs |= _matching_published(given) | asked
-        elif isinstance(source, str) and source != CLASSICAL and "solvers" in kwargs:  # a file cannot send us elsewhere
-            kwargs |= _matching(given, source, cls._load_artefact(source)) | asked
-        elif "solvers" in kwargs:
-            kwargs.setdefault("mean_decay", None)
-        return super().from_config(dict(config), return_unused_kwargs=return_unused_kwargs, **{**facts, **kwargs})
-
-    @classmethod
-    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        """As in diffusers; a file that is absent or no JSON object raises `SolverFileError`."""
-        try:
-            loaded = super().load_config(pretrained_model_name_or_path, *args, **kwargs)
-        except (OSError, UnicodeDecodeError, RecursionError) as error:
-            reason = " ".join(str(error).split())
-            raise SolverFileError(
-                f"no solver could be read from {str(pretrained_model_name_or_path)!r}: {reason}"
-            ) from error
-        config = loaded[0] if isinstance(loaded, tuple) else loaded
-        if not isinstance(config, dict):
-            raise SolverFileError(
-                f"{str(pretrained_model_name_or_path)!r} holds a {type(config).__name__}, not a JSON object"
-            )
-        check_keys(config)
-        return loaded
-
-    @classmethod
-    def _load_artefact(cls, source: str) -> dict[str, Any]:
-        """A solver's full configuration, checked."""
-        config = published_config(source) if source in published_solvers() else dict(cls.load_config(source))
-        if "solvers" not in config:
-            raise ValueError(f"{source!r} is a scheduler configuration without solvers")
-        if not isinstance(config["solvers"], Mapping):
-            raise ValueError(f"{source!r} has no tables; pass solvers={CLASSICAL!r} for classical rows")
-        return dict(DSSolverScheduler.from_config(config).config)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        commit_message: str | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        create_pr: bool = False,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        subfolder: str | None = None,
-    ) -> str:
-        """As in diffusers, with the solver's own card in place of an empty one; a card that is there is replaced."""
-        from .card import push  # the Hub's client and the pipelines: slow to import
-
-        message = commit_message or "Upload scheduler"
-        return push(
-            self, repo_id, private, token, commit_message=message, create_pr=create_pr, path_in_repo=subfolder
-        )  # fmt: skip
+        self._install_tensors(nodes, self._path.timestep(nodes[:-1]), (), None)  # for readers before set_timesteps
 
     # --- the run ---------------------------------------------------------------------------------------------------
 
@@ -289,33 +148,41 @@ class DSSolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
 
         Args:
             num_inference_steps: N, 1 to 1000; `len(self.timesteps)` will be N.
-            device: where `self.timesteps` shall live.
+            device: of `self.timesteps`.
             timesteps: N times of the user's own, noisiest first: classical rows on exactly these.
-            sigmas: flow only; N falling sigmas of the user's own: shifted as diffusers does it, with classical rows.
-                Of a grid that some pipeline passes by default (`grids.default_grids`) only the length counts.
+            sigmas: N falling noise levels of the user's own, with classical rows: of a flow model shifted as diffusers
+                does it, of a vp model sigma/alpha, where a last 0 is no step. With tables, only the length counts of a
+                grid that some pipeline passes by default (`grids.default_grids`).
                 With both `timesteps` and `sigmas` the network is fed times without the shift (CogView4).
-            mu: flow only; the resolution shift that a pipeline computed, used when the configuration has
+            mu: flow only; resolution shift computed by a pipeline, used when the configuration has
                 `use_dynamic_shifting`, and remembered for later calls without it.
 
         Raises:
             ValueError: for no or contradicting arguments, grids that do not fall, flow arguments on a vp solver, or
                 with `strict` a step count that has no table.
         """
-        if (sigmas is not None or mu is not None) and not isinstance(self._path, FlowPath):
-            name = "sigmas" if sigmas is not None else "mu"
+        flow = isinstance(self._path, FlowPath)
+        if mu is not None and not flow:
             raise ValueError(
-                f"{name} given to a vp solver ({self.config.prediction_type}): this is a flow model; load a flow solver"
+                f"mu given to a vp solver ({self.config.prediction_type}): this is a flow model; load a flow solver"
             )
+        grids = [None if grid is None else as_float64(grid).reshape(-1).tolist() for grid in (timesteps, sigmas)]
         before = self._mu
         try:
             if mu is not None:
                 self._mu = float(mu)
-            spec = self._spec(num_inference_steps, timesteps, sigmas)
-            self._install(spec, device)
+            spec, message = self._solver_set().choose(num_inference_steps, *grids)
         except ValueError:
             self._mu = before
             raise
-        self.num_inference_steps = spec.nfe
+        if message and message not in self._said:
+            self._said.add(message)
+            logger.warning(message)
+        # stock flow schedulers list clean data, where it is given, as a step; stock vp schedulers as the end
+        given = grids[0] if sigmas is None else grids[1]
+        listed = spec.nfe if given is None or (sigmas is not None and not flow) else len(given)
+        self._install(spec, device, idle=listed > spec.nfe)
+        self.num_inference_steps = listed
 
     def step(
         self,
@@ -327,17 +194,17 @@ class DSSolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
         per_token_timesteps: Tensor | None = None,
         **stochastic: Any,
     ) -> DSSolverSchedulerOutput | tuple[Tensor, Tensor]:
-        """One step of the solver. Without host synchronisation when `timestep` is an element of `self.timesteps`.
+        """One step of the solver, without host synchronisation when `timestep` is an element of `self.timesteps`.
 
         Args:
             model_output: the network's output at (sample, timestep), any shape.
-            timestep: an element of `self.timesteps` (or its number).
+            timestep: an element of `self.timesteps`, or its number.
             sample: the current state, same shape.
             generator: accepted for pipelines that pass one; the solver is deterministic.
             return_dict: False for the tuple (prev_sample, pred_original_sample).
-            per_token_timesteps: given by pipelines that hold some tokens back (LTX-condition) and keep the result of
-                those at `timestep` only, which is what is computed. As in FlowMatchEulerDiscrete it changes the
-                sign of model_output (data minus noise) and the result is not cast.
+            per_token_timesteps: given by pipelines that hold some tokens back (LTX-condition) and keep only the result
+                of the tokens at `timestep`, which is what is computed. As in FlowMatchEulerDiscrete, it changes the
+                sign of model_output (data minus noise), and the result is not cast.
             stochastic: what DDIMPipeline passes unasked: `eta`, which must be 0, and `use_clipped_model_output`.
 
         Returns:
@@ -359,38 +226,13 @@ class DSSolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
             )
         index = self._locate(timestep)
         x = sample.to(torch.promote_types(sample.dtype, torch.float32))
-        alpha, sigma = self._alphas[index], self._sigmas[index]
-        p, q = self._path.quantity_weights(alpha, sigma, self.config.prediction_type)
-        d = _in_dtype_of(x, model_output, p, q if per_token_timesteps is None else -q)
-        if self.config.thresholding:
-            d = self._thresholded(d)
-        self._remember(index, d)
-        row = self._row(index, x)
-        history = self._history[-len(row) :]
-        if self._means:
-            history, row = [*history, decayed_mean(self._means, self.config.mean_decay)], [*row, 1.0]
-        x_next = step(x, history, row, self._a[index], self._b[index])
-        p, q = self._path.denoised_weights(alpha, sigma)
+        d, to_data = self._quantity(index, x, model_output, negated=per_token_timesteps is not None)
+        self._history.add(index, d)
+        x_next = step(x, *self._history.terms(self._row(index, x)), self._a[index], self._b[index])
         dtype = model_output.dtype if per_token_timesteps is None else x.dtype
-        prev_sample, denoised = x_next.to(dtype), _in_dtype_of(x, d, p, q).to(dtype)
+        prev_sample, data = x_next.to(dtype), combine(x, d, *to_data).to(dtype)
         self._step_index = index + 1
-        if not return_dict:
-            return prev_sample, denoised
-        return DSSolverSchedulerOutput(prev_sample=prev_sample, pred_original_sample=denoised)
-
-    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: int | float | Tensor) -> Tensor:
-        """alpha x + sigma noise at the given times (one, or one per sample), on or off the schedule; shapes (B, ..)."""
-        times = torch.as_tensor(timesteps).detach().to("cpu", torch.float64).reshape(-1)
-        factors = self._path.alpha_sigma(self._path.node(times))
-        dtype = torch.promote_types(original_samples.dtype, torch.float32)
-        alpha, sigma = (
-            f.to(original_samples.device, dtype).reshape(-1, *[1] * (original_samples.ndim - 1)) for f in factors
-        )
-        return (alpha * original_samples + sigma * noise).to(original_samples.dtype)
-
-    def scale_noise(self, sample: Tensor, timestep: int | float | Tensor, noise: Tensor) -> Tensor:
-        """`add_noise` in the argument order of the flow pipelines."""
-        return self.add_noise(sample, noise, timestep)
+        return DSSolverSchedulerOutput(prev_sample, data) if return_dict else (prev_sample, data)
 
     def scale_model_input(self, sample: Tensor, timestep: int | float | Tensor | None = None) -> Tensor:
         """The sample itself: neither path scales the network's input."""
@@ -400,6 +242,18 @@ class DSSolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
         """Where in the schedule the next run starts (image-to-image)."""
         self._begin_index = begin_index
 
+    # --- what can be read ------------------------------------------------------------------------------------------
+
+    @property
+    def path(self) -> Path:
+        """The model's path from noise to data."""
+        return self._path
+
+    @property
+    def solvers(self) -> Mapping[int, SolverSpec]:
+        """Searched solvers by step count, at the guidance scale of the configuration."""
+        return self._solvers
+
     @property
     def tables(self) -> tuple[int, ...]:
         """Step counts that have a searched table, rising."""
@@ -407,27 +261,8 @@ class DSSolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
 
     @property
     def model_outputs(self) -> list[Tensor]:
-        """The history, newest last, without the means under `mean_decay`; what a pipeline puts in the place of an entry
-        (ChronoEdit) is used."""
-        return self._history
-
-    @property
-    def betas(self) -> Tensor:
-        """(T,) float32, of vp models only, or `trained_betas`."""
-        given = self.config.trained_betas
-        return torch.tensor(given or self._vp_path("betas").betas, dtype=torch.float32)
-
-    @property
-    def alphas_cumprod(self) -> Tensor:
-        """(T,) float32, of vp models only."""
-        path = self._vp_path("alphas_cumprod")
-        alpha, _ = path.alpha_sigma(path.node(torch.arange(path.num_train_timesteps)))
-        return alpha.square().to(torch.float32)
-
-    def _vp_path(self, name: str) -> VPPath:
-        if not isinstance(self._path, VPPath):
-            raise AttributeError(f"'{type(self).__name__}' object of a flow model has no attribute '{name}'")
-        return self._path
+        """The history, newest last, without means under `mean_decay`. Entries may be replaced (ChronoEdit)."""
+        return self._history.outputs
 
     @property
     def begin_index(self) -> int | None:
@@ -443,152 +278,51 @@ class DSSolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
 
     # --- inside ----------------------------------------------------------------------------------------------------
 
-    def _spec(self, nfe: int | None, timesteps: Any, sigmas: Any) -> SolverSpec:
-        """The solver for what `set_timesteps` was given."""
-        if timesteps is not None and sigmas is not None:
-            spec = self._spec_for_both(_floats("timesteps", timesteps), _floats("sigmas", sigmas))
-        elif timesteps is not None:
-            spec = self._spec_for_timesteps(_floats("timesteps", timesteps))
-        elif sigmas is not None:
-            spec = self._spec_for_sigmas(_floats("sigmas", sigmas))
-        else:
-            spec = self._spec_for_count(nfe)
-        if nfe is not None and nfe != spec.nfe:
-            raise ValueError(f"num_inference_steps is {nfe}, but the schedule given has {spec.nfe} entries")
-        return spec
-
-    def _spec_for_count(self, nfe: int | None) -> SolverSpec:
-        if isinstance(nfe, bool) or not isinstance(nfe, (int, np.integer)) or not 1 <= nfe <= MAX_NFE:
-            raise ValueError(f"num_inference_steps is {nfe!r}; it must be a whole number from 1 to {MAX_NFE}")
-        if not self._solvers and not self.config.strict:
-            return self._classical(uniform_nodes(nfe, self._path))
-        spec = self._solvers.get(nfe)
-        if spec is None:
-            if self.config.strict:
-                raise ValueError(
-                    f"no table for {nfe} steps (there are tables for: {self._table_names()}); use one of them or "
-                    "strict=False"
-                )
-            self._say_once(
-                nfe,
-                f"no table for {nfe} steps (there are tables for: {self._table_names()}): using a solver derived "
-                "from them",
-            )
-            spec = from_neighbours(self._solvers, nfe, self._path, self.config.interpolate_corrections)
-        if self._searched is not None and isinstance(self._path, FlowPath):
-            spec = reshifted(spec, self._searched, self._shift(), self._path)
-        return spec
-
-    def _spec_for_sigmas(self, sigmas: list[float]) -> SolverSpec:
-        if is_default(sigmas, self.config.num_train_timesteps):
-            return self._spec_for_count(len(sigmas))
-        if sigmas[0] < sigmas[-1]:
-            raise ValueError(
-                f"sigmas rise from {sigmas[0]} to {sigmas[-1]}: a ramp of EDM noise levels (Cosmos 2), which are "
-                f"neither flow nor vp and which {type(self).__name__} does not know; keep the pipeline's own scheduler"
-            )
-        self._announce_own_grid(len(sigmas))
-        return self._classical(self._ended("sigmas", sigmas))
-
-    def _spec_for_timesteps(self, timesteps: list[float]) -> SolverSpec:
-        nodes = self._path.node(torch.tensor(timesteps, dtype=torch.float64)).tolist()
-        if isinstance(self._path, FlowPath) and is_default(nodes, self.config.num_train_timesteps):
-            return self._spec_for_count(len(nodes))
-        if len(timesteps) in self._solvers:
-            own = self._spec_for_count(len(timesteps))
-            tolerance = TOLERANCE * self.config.num_train_timesteps
-            if all(abs(a - b) <= tolerance for a, b in zip(timesteps, self._times(own).tolist(), strict=True)):
-                return own
-        self._announce_own_grid(len(timesteps))
-        return classical(self._ended("timesteps", nodes), self._path)
-
-    def _spec_for_both(self, timesteps: list[float], sigmas: list[float]) -> SolverSpec:
-        """Sigmas are shifted, times are not: the network counts its time before the shift."""
-        if len(timesteps) != len(sigmas):
-            raise ValueError(
-                f"timesteps has {len(timesteps)} entries, sigmas {len(sigmas)}; given together they must be as many"
-            )
-        spec = self._spec_for_sigmas(sigmas)
-        if is_default(sigmas, self.config.num_train_timesteps):
-            unshifted = warp(torch.tensor(spec.nodes[:-1], dtype=torch.float64), 1 / self._shift().factor)
-            timesteps = self._path.timestep(unshifted).tolist()
-        return SolverSpec(spec.nodes, spec.coefficients, tuple(timesteps))
-
-    def _classical(self, nodes: Sequence[float]) -> SolverSpec:
-        if isinstance(self._path, FlowPath):
-            nodes = self._shift()(nodes)
-        return classical(nodes, self._path, stretched=bool(self.config.shift_terminal))
+    def _solver_set(self) -> SolverSet:
+        return SolverSet(self._path, self._solvers, self._shift(), self._searched, self.config.strict)
 
     def _shift(self) -> Shift:
+        """The resolution shift of the coming run."""
         config = self.config
+        if not isinstance(self._path, FlowPath):
+            return Shift()
         if not config.use_dynamic_shifting:
             return Shift(config.shift, config.shift_terminal)
         mu = self._mu if self._mu is not None else config.base_shift or 0.0
         return Shift(dynamic_shift(mu, config.time_shift_type), config.shift_terminal)
 
-    def _ended(self, name: str, nodes: list[float]) -> tuple[float, ...]:
-        if nodes[-1] == 0:
-            raise ValueError(f"{name} ends at clean data, where no network call is made; leave that last entry out")
-        return (*nodes, 0.0)
-
-    def _table_names(self) -> str:
-        return ", ".join(str(n) for n in self.tables) or "none"
-
-    def _announce_own_grid(self, nfe: int) -> None:
-        if self._solvers:
-            self._say_once(
-                -nfe,
-                f"the {nfe} noise levels given are no default of a pipeline: using classical rows on them; for a "
-                "searched solver pass num_inference_steps only",
-            )
-
-    def _say_once(self, key: int, message: str) -> None:
-        if key not in self._announced:
-            self._announced.add(key)
-            logger.warning(message)
-
-    def _times(self, spec: SolverSpec) -> Tensor:
-        """(N,) float64: what the network is fed."""
-        if spec.timesteps is None:
-            return self._path.timestep(torch.tensor(spec.nodes[:-1], dtype=torch.float64))
-        return torch.tensor(spec.timesteps, dtype=torch.float64)
-
-    def _install(self, spec: SolverSpec, device: str | torch.device | None = None) -> None:
+    def _install(self, spec: SolverSpec, device: str | torch.device | None = None, idle: bool = False) -> None:
+        """Prepare a run of a solver; with `idle` a last step follows, at clean data, which changes nothing."""
         nodes = torch.tensor(spec.nodes, dtype=torch.float64)
-        self._install_tensors(nodes, self._times(spec), spec.coefficients, device)
+        times = torch.tensor(self._solver_set().times(spec), dtype=torch.float64)
+        rows: list[Sequence[Scalar]] = list(spec.coefficients)
+        if idle:
+            nodes, times = torch.cat([nodes, nodes[-1:]]), torch.cat([times, self._path.timestep(nodes[-1:])])
+            rows.append([0.0] * spec.nfe + [1.0])
+        self._install_tensors(nodes, times, rows, device)
 
     def _install_tensors(
         self, nodes: Tensor, times: Tensor, rows: Sequence[Sequence[Scalar]], device: str | torch.device | None
     ) -> None:
-        """Make a solver with nodes (N+1,) and times (N,), float64 on the CPU, the one of the coming run."""
+        """Prepare a run with nodes (N+1,) and times (N,), float64 on the CPU."""
         alphas, sigmas = self._path.alpha_sigma(nodes)
-        self._a, self._b = (_scalars(factor) for factor in self._path.transition(alphas, sigmas))
-        self._alphas, self._sigmas = _scalars(alphas), _scalars(sigmas)
-        longest = self.config.history_length or len(rows)
-        self._rows = [fold(row, min(longest, len(row))) for row in map(_without_leading_zeros, rows)]
-        self._needed = _history_needed(self._rows)
+        self._a, self._b = (scalars(factor) for factor in self._path.transition(alphas, sigmas))
+        self._alphas, self._sigmas = scalars(alphas), scalars(sigmas)
+        self._history = History(rows, self.config.history_length, self.config.mean_decay)
         self.timesteps = times.to(torch.float32).to(device)
-        ratio = nodes if isinstance(self._path, FlowPath) else sigmas / alphas
-        self.sigmas = (1 - ratio if self.config.invert_sigmas else ratio).to(torch.float32)
-        self._history: list[Tensor] = []
-        self._means: list[Tensor] = []  # of every step since the history began, if they are kept apart
+        self.sigmas = self._path.level(nodes).to(torch.float32)
         self._step_index = None
         self._begin_index = None
 
     def _locate(self, timestep: int | float | Tensor) -> int:
-        """Index of this step. An element of `self.timesteps` is known by its place in memory, so nothing is read back
-        from the device; else the running count decides, and at its start the announced index or the nearest time.
-        Under torch.compile, which knows no places, a start that was not announced must be the first time."""
-        index = None
+        """Index of this step.
+
+        An element of `self.timesteps` is known by its place in memory, so nothing is read back from the device.
+        Otherwise the running count decides, and at its start the announced index or the nearest time. torch.compile
+        knows no places: there, a start that was not announced must be the first time.
+        """
         compiling = torch.compiler.is_compiling()
-        if (
-            not compiling
-            and isinstance(timestep, Tensor)
-            and timestep.device == self.timesteps.device
-            and timestep.dtype == self.timesteps.dtype
-        ):
-            offset, rest = divmod(timestep.data_ptr() - self.timesteps.data_ptr(), self.timesteps.element_size())
-            index = offset if rest == 0 and 0 <= offset < len(self.timesteps) else None
+        index = None if compiling else _place(timestep, self.timesteps)
         if index is None:
             index = self._step_index
         if index is None:
@@ -599,111 +333,32 @@ class DSSolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
             torch._assert_async(at_start, "a compiled run that starts in the middle needs set_begin_index before it")
         if index is None:
             index = int((self.timesteps.detach().cpu() - float(timestep)).abs().argmin())
-        if not self._rows:
+        if not self._history.rows:
             raise ValueError("set_timesteps was not called; call it before step")
         if index >= len(self.timesteps):
             raise ValueError(f"all {len(self.timesteps)} steps were taken; call set_timesteps before another run")
         return index
 
-    def _remember(self, index: int, d: Tensor) -> None:
-        """Append d to the history, newest last, and let go of what no later row uses. A jump or another shape starts a
-        new history; the same index again replaces the last entry."""
-        if self._history:
-            newest, last = self._history[-1], self._last_index
-            if index not in (last, last + 1) or newest.shape != d.shape or newest.device != d.device:
-                self._history.clear()
-                self._means.clear()
-            elif index == last:
-                self._history.pop()
-                del self._means[-1:]
-        if self.config.mean_decay is not None:
-            d, mean = split_mean(d)
-            self._means.append(mean)
-        self._history.append(d)
-        del self._history[: -self._needed[index]]
-        self._last_index = index
+    def _quantity(self, index: int, x: Tensor, output: Tensor, negated: bool) -> tuple[Tensor, tuple[Scalar, Scalar]]:
+        """The model quantity d at state x, and (p, q) of the predicted data p x + q d."""
+        alpha, sigma = self._alphas[index], self._sigmas[index]
+        p, q = self._path.quantity_weights(alpha, sigma, self.config.prediction_type)
+        d = combine(x, output, p, -q if negated else q)
+        if self.config.thresholding:
+            d = threshold(d, self.config.dynamic_thresholding_ratio, self.config.sample_max_value)
+        return d, self._path.denoised_weights(alpha, sigma)
 
     def _row(self, index: int, x: Tensor) -> Sequence[Scalar]:
-        """Weights c_ij of the newest quantities, folded where the history is shorter than the row."""
-        row = self._rows[index]
-        return row if len(row) <= len(self._history) else fold(row, len(self._history))
-
-    def _thresholded(self, d: Tensor) -> Tensor:
-        """Predicted data (B, ...) clamped per sample to its own quantile s, and divided by s: Saharia et al., arXiv
-        2205.11487, Sec. 2.3."""
-        s = torch.quantile(d.flatten(1).abs(), self.config.dynamic_thresholding_ratio, dim=1)
-        s = s.clamp(min=1, max=self.config.sample_max_value).reshape(-1, *[1] * (d.ndim - 1))
-        return torch.clamp(d, -s, s) / s
+        """Weights of the newest quantities at step `index` from state x."""
+        return self._history.row(index)
 
 
-def _in_dtype_of(x: Tensor, other: Tensor, p: Scalar, q: Scalar) -> Tensor:
-    """p x + q other in the dtype of x, always memory of its own."""
-    if isinstance(p, float) and p == 0.0:
-        return other.to(x.dtype, copy=True) if q == 1.0 else weighted_sum([(q, other.to(x.dtype))])
-    return weighted_sum([(p, x), (q, other)])
-
-
-def _plain(specs: Mapping[int, SolverSpec]) -> Brief:
-    return Brief({str(nfe): spec.to_dict() for nfe, spec in specs.items()})
-
-
-def _filled(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Any scheduler's configuration with every key of ours: its own values, else our defaults."""
-    arguments = inspect.signature(DSSolverScheduler.__init__).parameters
-    full = {key: config.get(key, argument.default) for key, argument in arguments.items() if key != "self"}
-    return {**full, "prediction_type": "flow_prediction"} if is_flow(config) else full
-
-
-def _matching(model: Mapping[str, Any], name: str, artefact: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments that put this artefact's solvers on the model's configuration; ValueError if its noise schedule is
-    another, with the remedy."""
-    reason = mismatch(_filled(model), artefact)
-    if reason is not None:
-        raise ValueError(f"solver {name!r} {reason}; {_remedy(model)}")
-    return {key: artefact[key] for key in ARTEFACT_KEYS} | {"searched_shift": searched_at(artefact)}
-
-
-def _matching_published(model: Mapping[str, Any]) -> dict[str, Any]:
-    artefacts = {name: _filled(published_config(name)) for name in published_solvers()}
-    reasons = {name: mismatch(_filled(model), artefact) for name, artefact in artefacts.items()}
-    for name, reason in reasons.items():
-        if reason is None:
-            logger.info(f"using the published solver {name!r}")
-            return _matching(model, name, artefacts[name])
-    told = "; ".join(f"{name!r} {reason}" for name, reason in reasons.items())
-    raise ValueError(f"no published solver fits this noise schedule ({told}); {_remedy(model)}")
-
-
-def _remedy(model: Mapping[str, Any]) -> str:
-    full = _filled(model)
-    fitting = [name for name in published_solvers() if mismatch(full, _filled(published_config(name))) is None]
-    use = f"use {' or '.join(map(repr, fitting))}, which fits, " if fitting else ""
-    return f'{use}search one for this model ({SEARCH_COMMAND}) or use solvers="classical"'
-
-
-def _floats(name: str, values: Sequence[float] | Tensor | np.ndarray) -> list[float]:
-    numbers = torch.as_tensor(values, dtype=torch.float64, device="cpu").reshape(-1).tolist()
-    if not 1 <= len(numbers) <= MAX_NFE:
-        raise ValueError(f"{name} has {len(numbers)} entries; 1 to {MAX_NFE} expected")
-    return numbers
-
-
-def _scalars(values: Tensor) -> list[Scalar]:
-    """Plain floats, which cost no device traffic; live 0-dim tensors where a search differentiates in them."""
-    return list(values.unbind()) if values.requires_grad else values.tolist()
-
-
-def _without_leading_zeros(row: Sequence[Scalar]) -> Sequence[Scalar]:
-    start = next((j for j, weight in enumerate(row) if isinstance(weight, Tensor) or weight != 0.0), len(row) - 1)
-    return row[start:]
-
-
-def _history_needed(rows: Sequence[Sequence[Scalar]]) -> list[int]:
-    """How many of the newest quantities must be held at each step, for it and for the steps after it."""
-    needed = [len(row) for row in rows]
-    for i in reversed(range(len(needed) - 1)):
-        needed[i] = max(needed[i], needed[i + 1] - 1)
-    return needed
+def _place(element: Any, vector: Tensor) -> int | None:
+    """Index of a tensor that is a view of one entry of a vector, from its address; None for any other object."""
+    if not isinstance(element, Tensor) or element.device != vector.device or element.dtype != vector.dtype:
+        return None
+    index, rest = divmod(element.data_ptr() - vector.data_ptr(), vector.element_size())
+    return index if rest == 0 and 0 <= index < len(vector) else None
 
 
 # Saved pipelines record this name; loading them then looks in the package, not in a file that may move.

@@ -1,13 +1,12 @@
 """A solver as data: N+1 nodes and a lower-triangular table of coefficients whose rows sum to 1.
 
-Step i goes from node i to node i+1 and uses every model quantity d_j seen so far (`step.py` is the only place where
-this is computed):
+Step i goes from node i to node i+1 and uses every model quantity d_j seen so far (computed in `step.py` only):
 
     x_{i+1} = A_i x_i + B_i * sum_{j<=i} c_ij d_j          i = 0..N-1
 
-Rows sum to 1 so that a constant d is integrated exactly. Euler (DDIM), Adams-Bashforth and DPM-Solver++ are rows of
-this same table whose numbers follow from the nodes. Nodes run from the noisiest (at most 1) down to exactly 0, the end
-of the path; what a node means is the business of `paths.py`. Standard library only.
+Rows sum to 1, so that a constant d is integrated exactly. Euler (DDIM), Adams-Bashforth and DPM-Solver++ are tables
+whose numbers follow from the nodes. Nodes fall from the noisiest (at most 1) to exactly 0, the end of the path; their
+meaning is defined in `paths.py`. Standard library only.
 
 Paper: Eq. (16), (19), Alg. 1 of "Differentiable Solver Search for Fast Diffusion Sampling", arXiv 2505.21114.
 """
@@ -16,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,8 +33,8 @@ class SolverSpec:
     Args:
         nodes: N+1 numbers in [0, 1], strictly falling, the last exactly 0.
         coefficients: N rows; row i has i+1 numbers, oldest model quantity first, and sums to 1 (within 1e-6).
-        timesteps: N times that the network is fed instead of those of the nodes, in the network's own units, not
-            negative, strictly falling (rising where the network's time does); None: the nodes' own times.
+        timesteps: N times that the network is fed, in its own units, not negative, strictly falling (rising where the
+            network's time does); None: the times of the nodes.
 
     Raises:
         ValueError: naming the entry, its value and what is expected.
@@ -45,8 +45,8 @@ class SolverSpec:
     timesteps: Row | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "nodes", _numbers("nodes", self.nodes))
-        _require_length("nodes", self.nodes, range(2, MAX_NFE + 2), "N+1 nodes")
+        nodes = _numbers("nodes", self.nodes, range(2, MAX_NFE + 2), "N+1 nodes")
+        object.__setattr__(self, "nodes", nodes)
         for i, node in enumerate(self.nodes):
             if not 0 <= node <= 1:
                 raise ValueError(f"nodes[{i}] is {node!r}; every node must lie in [0, 1]")
@@ -54,19 +54,19 @@ class SolverSpec:
         if self.nodes[-1] != 0:
             raise ValueError(f"nodes[{self.nfe}] is {self.nodes[-1]!r}; the last node must be 0, the end of the path")
 
-        if isinstance(self.coefficients, (str, bytes, Mapping)) or not isinstance(self.coefficients, Sequence):
-            raise ValueError(f"coefficients is {_short(self.coefficients)}; it must be a list of {self.nfe} rows")
-        _require_length("coefficients", self.coefficients, range(self.nfe, self.nfe + 1), "one row per step")
-        rows = tuple(_numbers(f"coefficients[{i}]", row) for i, row in enumerate(self.coefficients))
+        _require_list("coefficients", self.coefficients, range(self.nfe, self.nfe + 1), "one row per step")
+        rows = tuple(
+            _numbers(f"coefficients[{i}]", row, range(i + 1, i + 2), "row i holds c_i0 .. c_ii")
+            for i, row in enumerate(self.coefficients)
+        )
         object.__setattr__(self, "coefficients", rows)
         for i, row in enumerate(rows):
-            _require_length(f"coefficients[{i}]", row, range(i + 1, i + 2), "row i holds c_i0 .. c_ii")
             if abs(math.fsum(row) - 1) > ROW_SUM_TOLERANCE:
                 raise ValueError(f"coefficients[{i}] sums to {math.fsum(row)!r}; every row must sum to 1")
 
         if self.timesteps is not None:
-            object.__setattr__(self, "timesteps", _numbers("timesteps", self.timesteps))
-            _require_length("timesteps", self.timesteps, range(self.nfe, self.nfe + 1), "one per network call")
+            times = _numbers("timesteps", self.timesteps, range(self.nfe, self.nfe + 1), "one per network call")
+            object.__setattr__(self, "timesteps", times)
             _require_falling("timesteps", self.timesteps, self.rising)
             for i, time in enumerate(self.timesteps):
                 if time < 0:
@@ -94,10 +94,10 @@ class SolverSpec:
     def from_dict(cls, data: Mapping[str, Any]) -> SolverSpec:
         """The inverse of `to_dict`; a ValueError names the key that is missing, unknown or wrong."""
         if not isinstance(data, Mapping):
-            raise ValueError(f"a solver must be a dict with nodes and coefficients, not {_short(data)}")
+            raise ValueError(f"a solver must be a dict with nodes and coefficients, not {short(data)}")
         known = {"nodes", "coefficients", "timesteps"}
         if unknown := sorted(str(key) for key in data if key not in known):
-            raise ValueError(f"unknown key {_short(unknown[0])} in a solver; known: {', '.join(sorted(known))}")
+            raise ValueError(f"unknown key {short(unknown[0])} in a solver; known: {', '.join(sorted(known))}")
         for key in ("nodes", "coefficients"):
             if key not in data:
                 raise ValueError(f"a solver lacks the key {key!r}")
@@ -137,10 +137,12 @@ class SolverSpec:
 
 
 def fold(row: Sequence[Any], available: int) -> list[Any]:
-    """A row for a run that started late: with only the newest `available` quantities, the weights of the missing
-    ones fall to the oldest that is there, so that the sum stays the same.
+    """Shorten a row to the newest `available` quantities, for a run that started late.
 
-    Raises ValueError unless 1 <= available <= len(row).
+    The oldest quantity left takes the weights of the missing ones, so the sum stays the same.
+
+    Raises:
+        ValueError: unless 1 <= available <= len(row).
     """
     if not 1 <= available <= len(row):
         raise ValueError(f"available is {available}; a row of {len(row)} weights can be folded to 1..{len(row)}")
@@ -185,7 +187,7 @@ def dpm_solver_pp_rows(lambdas: Sequence[float], order: int) -> tuple[Row, ...]:
         elif i == n - 2 and n < 15:
             k = min(k, 2)
         h = lambdas[i + 1] - lambdas[i]
-        if k > 1 and (h <= 0 or lambdas[i] <= lambdas[i - 1]):  # a clamped schedule stands still: no slope to be had
+        if k > 1 and (h <= 0 or lambdas[i] <= lambdas[i - 1]):  # no slope where a clamped schedule stands still
             k = 1
         elif k == 3 and lambdas[i - 1] <= lambdas[i - 2]:
             k = 2
@@ -224,24 +226,26 @@ def _padded(weights: Sequence[float], length: int) -> Row:
     return (0.0,) * (length - len(weights)) + tuple(weights)
 
 
-def _numbers(name: str, values: Any) -> Row:
-    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Sequence):
-        raise ValueError(f"{name} is {_short(values)}; it must be a list of numbers")
+def _numbers(name: str, values: Any, lengths: range = range(sys.maxsize), meaning: str = "") -> Row:
+    """Finite floats; the length is checked first, as a file may hold millions."""
+    _require_list(name, values, lengths, meaning)
     numbers = []
     for i, value in enumerate(values):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ValueError(f"{name}[{i}] is {_short(value)}; it must be a number")
+            raise ValueError(f"{name}[{i}] is {short(value)}; it must be a number")
         try:
             number = float(value)
         except OverflowError:
             number = math.inf
         if not math.isfinite(number):
-            raise ValueError(f"{name}[{i}] is {_short(value)}; it must be finite")
+            raise ValueError(f"{name}[{i}] is {short(value)}; it must be finite")
         numbers.append(number)
     return tuple(numbers)
 
 
-def _require_length(name: str, values: Sequence[Any], allowed: range, meaning: str) -> None:
+def _require_list(name: str, values: Any, allowed: range, meaning: str) -> None:
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Sequence):
+        raise ValueError(f"{name} is {short(values)}; it must be a list")
     if len(values) not in allowed:
         wanted = f"{allowed[0]}" if len(allowed) == 1 else f"{allowed[0]} to {allowed[-1]}"
         raise ValueError(f"{name} has {len(values)} entries; {wanted} expected ({meaning})")
@@ -256,7 +260,8 @@ def _require_falling(name: str, values: Row, rising: bool = False) -> None:
             )
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A repr of at most 60 characters, for messages about untrusted values."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits, or nesting without end

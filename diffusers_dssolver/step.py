@@ -1,11 +1,11 @@
-"""The one step that every solver of this project takes, and a whole run of it. Stateless and differentiable.
+"""One step of any solver, and the arithmetic around it. Stateless and differentiable.
 
 Paper: Eq. (16) (flow) and Eq. (19) (vp), arXiv 2505.21114.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,9 +18,9 @@ def step(x: Tensor, history: Sequence[Tensor], row: Sequence[Scalar], a: Scalar,
 
     Args:
         x: state at the current node, any shape.
-        history: the model quantities d_0 .. d_i, newest last, each of the shape of x or broadcast to it.
-        row: their weights c_i0 .. c_ii, as many; numbers or 0-dim tensors (then the result is differentiable in them).
-        a, b: the two factors of the path for this step (`paths.Path.transition`).
+        history: model quantities d_0 .. d_i, newest last, each of the shape of x or broadcast to it.
+        row: their weights c_i0 .. c_ii, numbers or 0-dim tensors; the result is differentiable in tensors.
+        a, b: factors of the path for this step (`paths.Path.transition`).
 
     Returns:
         The state at the next node, of the shape and dtype of x.
@@ -34,10 +34,10 @@ def step(x: Tensor, history: Sequence[Tensor], row: Sequence[Scalar], a: Scalar,
 
 
 def weighted_sum(terms: Sequence[tuple[Scalar, Tensor]]) -> Tensor:
-    """sum of weight * tensor, shapes (...), in the dtype of the first; one pass over memory per term.
+    """sum of weight * tensor, shapes (...), in the dtype of the first.
 
-    The first product is memory of its own and takes up the others in place, so nothing else is allocated; terms of
-    weight 0 are not read. Weights that are tensors are differentiated in.
+    The first product is a new tensor; the other terms are added to it in place, one pass over memory each. Terms of
+    weight 0 are not read.
     """
     (weight, total), *rest = [(w, t) for w, t in terms if isinstance(w, Tensor) or w != 0.0] or terms[:1]
     if rest and isinstance(weight, float) and weight == 1.0 and isinstance(rest[0][0], float):
@@ -50,12 +50,33 @@ def weighted_sum(terms: Sequence[tuple[Scalar, Tensor]]) -> Tensor:
     return total
 
 
+def combine(x: Tensor, other: Tensor, p: Scalar, q: Scalar) -> Tensor:
+    """p x + q other in the dtype of x, always a new tensor."""
+    if isinstance(p, float) and p == 0.0:
+        return other.to(x.dtype, copy=True) if q == 1.0 else weighted_sum([(q, other.to(x.dtype))])
+    return weighted_sum([(p, x), (q, other)])
+
+
+def threshold(data: Tensor, ratio: float, limit: float) -> Tensor:
+    """Dynamic thresholding: predicted data (B, ...) clamped per sample to s, the quantile `ratio` of its absolute
+    values within [1, limit], and divided by s. Source: Saharia et al., arXiv 2205.11487, Sec. 2.3."""
+    s = torch.quantile(data.flatten(1).abs(), ratio, dim=1)
+    s = s.clamp(min=1, max=limit).reshape(-1, *[1] * (data.ndim - 1))
+    return torch.clamp(data, -s, s) / s
+
+
+def scalars(values: Tensor) -> list[Scalar]:
+    """Entries of a vector: plain floats, which need no device; 0-dim tensors where a search differentiates in them."""
+    return list(values.unbind()) if values.requires_grad else values.tolist()
+
+
 def split_mean(d: Tensor) -> tuple[Tensor, Tensor]:
-    """d without its mean over all places, and that mean, which has size 1 there. Places are the tokens of
-    (B, tokens, channels), as FLUX packs its latents, and all behind the second dimension of (B, channels, ...).
+    """d without its mean over all places, and that mean, of size 1 along places.
+
+    Places are the tokens of (B, tokens, channels), as FLUX packs its latents, or all dimensions after the second.
 
     Raises:
-        ValueError: d has fewer than three dimensions.
+        ValueError: if d has fewer than three dimensions.
     """
     if d.ndim < 3:
         raise ValueError(
@@ -66,29 +87,6 @@ def split_mean(d: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decayed_mean(means: Sequence[Tensor], decay: float) -> Tensor:
-    """Average of the means, newest last, that of k steps ago with weight decay^k; of the shape of each."""
+    """Average of the means (newest last), the one of k steps ago with weight decay^k."""
     weights = [decay**age for age in reversed(range(len(means)))]
     return weighted_sum([(weight / sum(weights), mean) for weight, mean in zip(weights, means, strict=True)])
-
-
-def rollout(
-    evaluate: Callable[[Tensor, Scalar], Tensor],
-    x: Tensor,
-    timesteps: Sequence[Scalar],
-    transitions: Iterable[tuple[Scalar, Scalar]],
-    coefficients: Sequence[Sequence[Scalar]],
-) -> list[Tensor]:
-    """All N+1 states of one run.
-
-    Args:
-        evaluate: (x, timestep) -> d, the model quantity that is integrated; called N times.
-        x: state at the first node.
-        timesteps: N times to evaluate at.
-        transitions: N pairs (A_i, B_i).
-        coefficients: N rows, row i of i+1 weights.
-    """
-    states, history = [x], []
-    for t, (a, b), row in zip(timesteps, transitions, coefficients, strict=True):
-        history.append(evaluate(states[-1], t))
-        states.append(step(states[-1], history, row, a, b))
-    return states

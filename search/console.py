@@ -1,10 +1,17 @@
-"""Single lines that a command tells its user."""
+"""What a command tells its user: single lines past any progress bar, and the names of what was measured."""
 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from tqdm.auto import tqdm
+
+METRICS = {
+    "frechet_distance": "Frechet distance", "kernel_distance": "Kernel distance", "inception_score": "Inception score",
+    "precision": "Precision", "recall": "Recall", "clip_score": "CLIP score",
+}  # fmt: skip
+INCEPTION_METRICS = {"frechet_distance": "FID", "kernel_distance": "KID"}
 
 
 def say(line: str) -> None:
@@ -15,3 +22,15 @@ def say(line: str) -> None:
 def one_line(error: BaseException) -> str:
     """The message of an error on one line, or its name if it has none."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def metric_name(metric: str, network: str) -> str:
+    """Title of a metric. Only values from the Inception network are called FID and KID; others name their network."""
+    if network == "inception":
+        return INCEPTION_METRICS.get(metric, METRICS[metric])
+    return f"{METRICS[metric]} ({network})"
+
+
+def told_end(end: Any) -> str:
+    """Where the last of a reference's steps begins, if it ends early; in a damaged file `end` may be anything."""
+    return f", the last from {end:g} to the data" if end and isinstance(end, (int, float)) else ""

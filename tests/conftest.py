@@ -1,4 +1,4 @@
-"""Offline, few threads, strict: what must hold before any test module is imported."""
+"""Offline, one thread, strict: what must hold before any test module is imported; and who runs what, of two workers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny networks: a second thread only waits for the first
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,9 +32,12 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
-torch.set_num_threads(1)  # the networks are tiny: on a busy machine a second thread only waits for the first
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 settings.register_profile("repository", deadline=None, database=None, max_examples=60, derandomize=True)
 settings.load_profile("repository")
+
+# Groups of tests that take longest, the longest first: the second worker then does not wait for the last of them.
+LONGEST = ("processes", "test_study", "test_search", "test_conformance", "test_readme", "test_evaluate", "test_results")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -46,12 +50,20 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", f"error:::{package}")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--run-slow") or os.environ.get("RUN_SLOW") == "1":
-        return
+    slow = config.getoption("--run-slow") or os.environ.get("RUN_SLOW") == "1"
     for item in items:
-        if "slow" in item.keywords:
+        if "slow" in item.keywords and not slow:
             item.add_marker(pytest.mark.skip(reason="slow; run with --run-slow"))
+        if not item.get_closest_marker("xdist_group"):  # what a file makes once is made by one worker
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    items.sort(key=place)
+
+
+def place(item: pytest.Item) -> int:
+    group = item.get_closest_marker("xdist_group").args[0]
+    return LONGEST.index(group) if group in LONGEST else len(LONGEST)
 
 
 @pytest.fixture
@@ -62,7 +74,7 @@ def exact(monkeypatch):
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    """Folder of a saved pipeline by family, tiny ones of random weights."""
+    """Folder of a saved pipeline by family, tiny ones of random weights; to be read only."""
     from tests.families import FAMILIES, make_pipe
 
     folder = tmp_path_factory.mktemp("models")

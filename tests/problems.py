@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_dssolver import SolverSpec
-from diffusers_dssolver.step import step
+from diffusers_dssolver.step import Scalar, step
 
 
 @dataclass
@@ -71,6 +74,29 @@ def integrate(problem, alphas, sigmas, transition, rows, x: Tensor, seeded: int 
     return x
 
 
+def rollout(
+    evaluate: Callable[[Tensor, Scalar], Tensor],
+    x: Tensor,
+    timesteps: Sequence[Scalar],
+    transitions: Iterable[tuple[Scalar, Scalar]],
+    coefficients: Sequence[Sequence[Scalar]],
+) -> list[Tensor]:
+    """All N+1 states of one run.
+
+    Args:
+        evaluate: (x, timestep) -> d, the model quantity that is integrated; called N times.
+        x: state at the first node.
+        timesteps: N times to evaluate at.
+        transitions: N pairs (A_i, B_i).
+        coefficients: N rows, row i of i+1 weights.
+    """
+    states, history = [x], []
+    for t, (a, b), row in zip(timesteps, transitions, coefficients, strict=True):
+        history.append(evaluate(states[-1], t))
+        states.append(step(states[-1], history, row, a, b))
+    return states
+
+
 def convergence_order(errors: dict[int, float]) -> float:
     """Slope of log error on log step by least squares, from errors by step count."""
     h = [-math.log(n) for n in errors]
@@ -99,6 +125,56 @@ def specs(draw: st.DrawFn, max_nfe: int = 10) -> SolverSpec:
     if draw(st.booleans()):
         times = sorted(draw(st.lists(st.floats(0, 999), min_size=nfe, max_size=nfe, unique=True)), reverse=True)
     return SolverSpec([*nodes, 0.0], rows, times)
+
+
+class Metal(TorchDispatchMode):
+    """A device on the CPU that has no float64, as Apple's MPS has none: what would be float64 there, or is converted to
+    float64 before it has left, is a TypeError. It goes by the name "meta", which every build of torch knows."""
+
+    device = torch.device("meta")
+
+    class Array(Tensor):
+        """A tensor on it."""
+
+        __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+        @staticmethod
+        def __new__(cls, inner: Tensor):
+            layout = {"strides": inner.stride(), "storage_offset": inner.storage_offset()}
+            return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=Metal.device, **layout)
+
+        def __init__(self, inner: Tensor):
+            self.inner = inner
+
+        def data_ptr(self) -> int:
+            return self.inner.data_ptr()
+
+        def tolist(self) -> list:
+            return self.inner.tolist()
+
+        @classmethod
+        def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+            return Metal.compute(function, args, kwargs or {})
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return self.compute(function, args, kwargs or {})
+
+    @classmethod
+    def compute(cls, function, args, kwargs):
+        arrays = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, cls.Array)]
+        target = torch.device(kwargs["device"]) if kwargs.get("device") else None
+        there = bool(arrays) if target is None else target.type == cls.device.type
+        if arrays and kwargs.get("dtype") == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
+        args, kwargs = pytree.tree_map_only(cls.Array, lambda a: a.inner, (args, kwargs))
+        if target is not None and there:
+            kwargs = {**kwargs, "device": torch.device("cpu")}
+        result = function(*args, **kwargs)
+        if function is torch.ops.aten._local_scalar_dense.default or not there:
+            return result
+        if any(isinstance(r, Tensor) and r.dtype == torch.float64 for r in pytree.tree_leaves(result)):
+            raise TypeError(f"{function} makes a float64 tensor on MPS")
+        return pytree.tree_map_only(Tensor, cls.Array, result)
 
 
 class DoubleTorch:

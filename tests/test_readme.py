@@ -19,14 +19,16 @@ from diffusers_dssolver import DSSolverScheduler, published_solvers
 from diffusers_dssolver.pipelines import SiTPipeline
 from diffusers_dssolver.published import published_config
 from dssolver_search.cli import main
+from tests import documents
 from tests.pipelines import conformance
 from tests.pipelines.zoo import ZOO, make_dit, make_vae
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SMALLER = {
-    "search": "--nfe 5 8 --trials 4 --num_train_samples 4 --num_validation_samples 4 --teacher_steps 20 --fill_nfe",
-    "compare": "--nfe 5 8 --num_samples 4 --reference_steps 20 --schedulers unipc euler",
+    "search": "--nfe 5 8 --trials 2 --starts 1 --polish 0 --num_train_samples 2 --num_trial_samples 2 "
+    "--num_validation_samples 2 --teacher_steps 9 --fill_nfe",
+    "compare": "--nfe 5 8 --num_samples 2 --reference_steps 8 --schedulers euler",
 }
 
 
@@ -102,17 +104,15 @@ def test_table_of_solvers_is_the_truth():
         config = published_config(name)
         counts = ", ".join(str(n) for n in sorted(map(int, config["solvers"])))
         rows.append(f"| `{name}` | {config['provenance']['model']} | {counts} |")
-    assert README.split("<!-- solvers -->\n")[1].split("\n\n")[0].splitlines()[2:] == rows
+    assert README.split("<!-- solvers -->\n")[1].split("\n<!-- /solvers -->")[0].splitlines()[2:] == rows
 
 
 def test_table_of_pipelines_is_the_last_run():
-    results = json.loads((ROOT / "tests" / "pipelines" / "conformance.json").read_text(encoding="utf-8"))
-    assert README.split("<!-- conformance -->\n")[1].split("\n\n")[0] == conformance.render(results)
+    results = json.loads(conformance.RESULTS.read_text(encoding="utf-8"))
+    assert documents.block("conformance") == conformance.render(results)
     assert list(results["pipelines"]) == list(ZOO)
-    assert f"<summary>{len(ZOO)} pipelines" in README
-    assert f"Tested with diffusers {results['diffusers']}." in README
-
-
-def test_links_of_the_readme_lead_somewhere():
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+    assert f"[{len(ZOO)} pipelines](tests/pipelines/README.md)" in README
+    assert f"Tested with diffusers {results['diffusers']}." in " ".join(README.split())
+    table = (ROOT / documents.FILES["conformance"]).read_text(encoding="utf-8")
+    assert f"{len(ZOO)} pipelines of diffusers {results['diffusers']}" in " ".join(table.split())
+    assert all(f"| {check} | " in table for check in conformance.CHECKS.values())

@@ -35,10 +35,10 @@ class SiTPipeline(DiffusionPipeline):
     """Images of given classes from a DiT or SiT transformer, latent (with a VAE) or in pixel space (without).
 
     Args:
-        transformer: class-conditional network. Its config gives the shape of a sample
-            (in_channels, sample_size, sample_size) and the number of classes, `num_embeds_ada_norm`, which is also
-            the id of the null class. Of a learned-sigma head (out_channels = 2 * in_channels) the second half is
-            dropped.
+        transformer: class-conditional network: a DiT or SiT, or a `UNet2DModel`. Its config gives the shape of a
+            sample (in_channels, sample_size, sample_size) and the number of classes, which is also the id of the null
+            class: `num_embeds_ada_norm`, or `num_class_embeds` - 1 of a U-Net. The second half of a learned-sigma head
+            (out_channels = 2 * in_channels) is dropped.
         scheduler: any diffusers scheduler that fits what the network predicts.
         vae: decodes latents; None if the network works on images in [-1, 1].
         id2label: class id (int, or str as in JSON) to its name or comma separated synonyms; kept in the config.
@@ -67,12 +67,18 @@ class SiTPipeline(DiffusionPipeline):
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         if id2label is not None:
             id2label = {str(key): name for key, name in id2label.items()}
-            classes = self.transformer.config.num_embeds_ada_norm
+            classes = self.num_classes
             for key in id2label:
                 if not key.isdecimal() or int(key) >= classes:
                     raise ValueError(f"id2label has the key {key!r}; use class ids, 0 to {classes - 1}.")
         self.register_to_config(id2label=id2label)
         self.image_processor = VaeImageProcessor()
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, and the id of the null class."""
+        embeddings = self.transformer.config.get("num_class_embeds")  # of a UNet2DModel, the null class included
+        return self.transformer.config["num_embeds_ada_norm"] if embeddings is None else embeddings - 1
 
     @property
     def labels(self) -> dict[str, int]:
@@ -109,37 +115,11 @@ class SiTPipeline(DiffusionPipeline):
             class_labels = class_labels.tolist()
         if isinstance(class_labels, str) or not isinstance(class_labels, Iterable):
             class_labels = [class_labels]
-        ids = [self._id_of_name(c) if isinstance(c, str) else self._checked_id(c) for c in class_labels]
+        id2label, classes = self.config["id2label"] or {}, self.num_classes
+        ids = [_id_of(c, id2label) if isinstance(c, str) else _checked(c, id2label, classes) for c in class_labels]
         if not ids:
             raise ValueError("class_labels is empty; give at least one class id or name.")
         return ids
-
-    def _checked_id(self, label: Any) -> int:
-        classes = self.transformer.config.num_embeds_ada_norm
-        accepted = f"pass ids from 0 to {classes - 1}" + (", or names" if self.config["id2label"] else "")
-        try:
-            index = operator.index(label)
-        except TypeError:
-            raise ValueError(f"class label {label!r} is neither an id nor a name; {accepted}.") from None
-        if not 0 <= index < classes:
-            raise ValueError(f"class id {index} is unknown to this model; {accepted}.")
-        return index
-
-    def _id_of_name(self, name: str) -> int:
-        names_by_id = _names_by_id(self.config["id2label"])
-        if not names_by_id:
-            raise ValueError(f"class name {name!r} is unknown: this pipeline has no id2label; pass ids.")
-        wanted = name.strip()
-        ids = [key for key, names in names_by_id.items() if wanted.casefold() in {n.casefold() for n in names}]
-        if len(ids) > 1:
-            ids = [key for key in ids if wanted in names_by_id[key]] or ids
-        if len(ids) > 1:
-            raise ValueError(f"class name {name!r} belongs to the classes {ids}; pass one of these ids.")
-        if not ids:
-            known = list(self.labels)
-            shortened = ", ".join(map(repr, known[:8])) + (f", ... ({len(known)} names)" if len(known) > 8 else "")
-            raise ValueError(f"class name {name!r} is unknown; use {shortened} (`pipe.labels`), or an id.")
-        return ids[0]
 
     def check_inputs(
         self,
@@ -227,9 +207,7 @@ class SiTPipeline(DiffusionPipeline):
             output_type,
             callback_on_step_end_tensor_inputs,
         )
-        self._guidance_scale = guidance_scale
-        self._interrupt = False
-
+        self._guidance_scale, self._interrupt = guidance_scale, False
         device, dtype = self._execution_device, self.transformer.dtype
         labels = torch.tensor(ids, device=device)
         timesteps = self._set_timesteps(num_inference_steps, device)
@@ -248,7 +226,6 @@ class SiTPipeline(DiffusionPipeline):
                 model_output = self._predict(latents, t, labels, guidance_channels)
                 latents = self.scheduler.step(model_output, t, latents, **step_kwargs, return_dict=False)[0]
                 latents = latents.to(dtype)  # some schedulers return float32
-
                 if callback_on_step_end is not None:
                     callback_kwargs = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
                     callback_outputs = callback_on_step_end(self, i, t, callback_kwargs)
@@ -286,7 +263,7 @@ class SiTPipeline(DiffusionPipeline):
             latents = self.scheduler.scale_model_input(latents, t)
         if guided:
             latents = torch.cat([latents, latents])
-            labels = torch.cat([labels, torch.full_like(labels, self.transformer.config.num_embeds_ada_norm)])
+            labels = torch.cat([labels, torch.full_like(labels, self.num_classes)])
         output = self.transformer(latents, timestep=t.expand(len(latents)), class_labels=labels, return_dict=False)[0]
         output = output[:, : self.transformer.config.in_channels]  # without the learned sigma, if there is one
         if not guided:
@@ -306,9 +283,34 @@ class SiTPipeline(DiffusionPipeline):
         return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
 
 
-def _names_by_id(id2label: Mapping[str, str] | None) -> dict[int, set[str]]:
-    """Class id -> its label as written and each of its comma separated synonyms."""
-    return {int(key): {name.strip() for name in (label, *label.split(","))} for key, label in (id2label or {}).items()}
+def _checked(label: Any, id2label: Mapping[str, str], classes: int) -> int:
+    """A class id, checked."""
+    accepted = f"pass ids from 0 to {classes - 1}" + (", or names" if id2label else "")
+    try:
+        index = operator.index(label)
+    except TypeError:
+        raise ValueError(f"class label {label!r} is neither an id nor a name; {accepted}.") from None
+    if not 0 <= index < classes:
+        raise ValueError(f"class id {index} is unknown to this model; {accepted}.")
+    return index
+
+
+def _id_of(name: str, id2label: Mapping[str, str]) -> int:
+    """The class of a name."""
+    if not id2label:
+        raise ValueError(f"class name {name!r} is unknown: this pipeline has no id2label; pass ids.")
+    names_by_id = {int(key): {n.strip() for n in (label, *label.split(","))} for key, label in id2label.items()}
+    wanted = name.strip()
+    ids = [key for key, names in names_by_id.items() if wanted.casefold() in {n.casefold() for n in names}]
+    if len(ids) > 1:
+        ids = [key for key in ids if wanted in names_by_id[key]] or ids
+    if len(ids) > 1:
+        raise ValueError(f"class name {name!r} belongs to the classes {ids}; pass one of these ids.")
+    if not ids:
+        known = sorted({n.strip() for label in id2label.values() for n in label.split(",")})
+        shortened = ", ".join(map(repr, known[:8])) + (f", ... ({len(known)} names)" if len(known) > 8 else "")
+        raise ValueError(f"class name {name!r} is unknown; use {shortened} (`pipe.labels`), or an id.")
+    return ids[0]
 
 
 def _takes_flow_sigmas(scheduler: Any) -> bool:

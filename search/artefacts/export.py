@@ -1,7 +1,7 @@
 """The `export` command: a solver for programs other than diffusers.
 
-`sigmas` prints the noise levels of one step count, for what takes a list of them (ComfyUI's sampler nodes, the `sigmas`
-argument of diffusers' flow pipelines): nodes only. `kdiffusion` writes the whole solver as one Python file
+`sigmas` prints the noise levels of one step count, for programs that take a list of them (ComfyUI's sampler nodes, the
+`sigmas` argument of diffusers' flow pipelines). `kdiffusion` writes the whole solver as a Python file
 (`sample_dssolver`).
 """
 
@@ -19,19 +19,19 @@ from diffusers_dssolver.paths import FlowPath
 from ..console import say
 from ..settings import ExportConfig
 from ..storage import write_text
-from .read import load_artefact
+from .read import load_solver
 
 TEMPLATE = "sample_dssolver.py"
 FILLED = "# FILLED by"
 
 
 def export(config: ExportConfig) -> None:
-    """Print or write it.
+    """Print noise levels, or write a file.
 
     Raises:
         ValueError: the solver, the step count or the file is at fault; nothing is written.
     """
-    scheduler = load(config.solver, config.guidance_scale)
+    scheduler = load_solver(config.solver, guidance_scale=config.guidance_scale)
     if config.format == "sigmas":
         nfe = config.nfe[0] if len(config.nfe) == 1 else None
         if nfe is None:
@@ -49,23 +49,18 @@ def export(config: ExportConfig) -> None:
     print(f"written to {file}: sample_dssolver, sigmas_for")
 
 
-def load(solver: str, guidance_scale: float | None = None) -> DSSolverScheduler:
-    """A folder, Hub id or published name."""
-    return DSSolverScheduler.from_config({**load_artefact(solver), "guidance_scale": guidance_scale})
-
-
 def specs(scheduler: DSSolverScheduler, nfe: list[int]) -> dict[int, SolverSpec]:
-    """The tables of these step counts; none: all there are."""
+    """The tables of these step counts, or of all if none is given."""
     if missing := sorted(set(nfe) - set(scheduler.tables)):
         raise ValueError(
             f"no table for {missing[0]} steps; there are tables for {', '.join(map(str, scheduler.tables))}"
         )
-    return {n: scheduler._solvers[n] for n in sorted(nfe or scheduler.tables)}
+    return {n: scheduler.solvers[n] for n in sorted(nfe or scheduler.tables)}
 
 
 def levels(scheduler: DSSolverScheduler, spec: SolverSpec) -> tuple[list[float], list[float]]:
-    """N+1 noise levels of a table, and the N that the network is fed: sigma of flow, sigma / alpha of all others."""
-    path = scheduler._path
+    """Noise levels: the N+1 of a table, and the N that the network is fed; sigma of flow, sigma / alpha of others."""
+    path = scheduler.path
 
     def of(nodes: torch.Tensor) -> list[float]:
         alpha, sigma = path.alpha_sigma(nodes)
@@ -79,14 +74,14 @@ def levels(scheduler: DSSolverScheduler, spec: SolverSpec) -> tuple[list[float],
 
 
 def source(scheduler: DSSolverScheduler, nfe: list[int]) -> str:
-    """The Python file with these tables in it."""
+    """The Python file with the tables of these step counts."""
     if scheduler.config.mean_decay is not None:
         raise ValueError(
             f"mean_decay is {scheduler.config.mean_decay}, which this file cannot do; take it out of the solver's file"
         )
     prediction = scheduler.config.prediction_type
     solver: dict[str, Any] = {
-        "prediction": "flow" if isinstance(scheduler._path, FlowPath) else prediction,
+        "prediction": "flow" if isinstance(scheduler.path, FlowPath) else prediction,
         "tables": {},
     }
     for n, spec in specs(scheduler, nfe).items():

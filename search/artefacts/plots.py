@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -20,15 +20,12 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from diffusers_dssolver import SolverSpec
 from diffusers_dssolver.config import is_flow
 
-from ..measure.pictures import MARKERS, WIDTH, Drawing, _shades, error_figure, positive, rendered
+from ..measure.pictures import MARKERS, WIDTH, Drawing, error_figure, positive, rendered, shades
 from ..settings import PlotConfig
 from ..storage import replacing
-from .read import load_artefact, read_metrics, read_results
+from .read import load_solver, read_metrics, read_results
 
-if TYPE_CHECKING:
-    pass
-
-# the paper's fits, t = 0 at noise and 1 at data over i/N: highest power first, no constant; (20) flow, (21) vp
+# The paper's fits of time (0 at noise, 1 at data) over i/N, highest power first: Eq. (20) flow, Eq. (21) vp.
 EQ_20 = (-1.96, 3.51, -0.97, 0.43, 0)
 EQ_21 = (-2.73, 6.30, -4.744, 2.17, 0)
 MOST_TABLES = 24  # in one picture
@@ -37,7 +34,7 @@ BRIGHT = 0.55  # share of the colour map from which black is easier to read on i
 
 
 def plot(config: PlotConfig) -> None:
-    """The command: every picture that there is data for, as PNG and SVG, each light and dark.
+    """Write every picture that there is data for, as PNG and SVG, each light and dark.
 
     Raises:
         ValueError: the solver, the comparison or a setting is at fault; nothing is written.
@@ -57,16 +54,18 @@ def plot(config: PlotConfig) -> None:
 
 
 def drawings(solver: str, comparison: str | None = None, nfe: Sequence[int] = ()) -> dict[str, Drawing]:
-    """By name, what can be drawn of a solver (folder, Hub id or published name) and a folder that `compare` wrote.
+    """Pictures by name, as far as there is data for them.
 
     Args:
+        solver: folder, Hub id or published name.
+        comparison: folder that `compare` wrote.
         nfe: step counts whose tables are drawn; none: all.
 
     Raises:
-        ValueError: one line that names the file, or the step count, at fault.
+        ValueError: the file or the step count is at fault.
     """
-    artefact = load_artefact(solver)
-    tables = {int(n): SolverSpec.from_dict(table) for n, table in artefact["solvers"].items()}
+    scheduler = load_solver(solver)
+    tables = scheduler.solvers
     if missing := sorted(set(nfe) - set(tables)):
         known = ", ".join(map(str, sorted(tables)))
         raise ValueError(f"{solver!r} has no table for {missing[0]} steps; it has them for {known}")
@@ -74,7 +73,7 @@ def drawings(solver: str, comparison: str | None = None, nfe: Sequence[int] = ()
     if len(specs) > MOST_TABLES:
         raise ValueError(f"{solver!r} has {len(specs)} tables; choose at most {MOST_TABLES} with --nfe")
     found: dict[str, Drawing] = {
-        "nodes": functools.partial(nodes_figure, specs, is_flow(artefact)),
+        "nodes": functools.partial(nodes_figure, specs, is_flow(scheduler.config)),
         "coefficients": functools.partial(coefficients_figure, specs),
     }
     if (Path(solver) / "metrics.jsonl").is_file():
@@ -85,14 +84,13 @@ def drawings(solver: str, comparison: str | None = None, nfe: Sequence[int] = ()
 
 
 def nodes_figure(specs: Sequence[SolverSpec], flow: bool, dark: bool = False) -> Figure:
-    """Where the nodes lie, one row per NFE, and how far each solver has come after i of its N steps, beside the paper's
-    fitted curve for the family.
+    """Nodes of each solver in a row, and over the share i/N of steps taken, beside the paper's fit.
 
     Paper: Eq. (20) flow, (21) vp, arXiv 2505.21114.
     """
     figure = Figure(figsize=(WIDTH, max(3.6, 1 + 0.19 * len(specs))), layout="constrained")
     rows, curves = figure.subplots(1, 2)
-    for position, (spec, colour) in enumerate(zip(specs, _shades(len(specs), dark), strict=True)):
+    for position, (spec, colour) in enumerate(zip(specs, shades(len(specs), dark), strict=True)):
         rows.plot(spec.nodes, [position] * (spec.nfe + 1), color=colour, marker="o", markersize=4, linewidth=0.8)
         curves.plot(np.linspace(0, 1, spec.nfe + 1), spec.nodes, color=colour, marker="o", markersize=3, linewidth=1.1)
     rows.set_yticks(range(len(specs)), [str(spec.nfe) for spec in specs])
@@ -109,7 +107,7 @@ def nodes_figure(specs: Sequence[SolverSpec], flow: bool, dark: bool = False) ->
 
 
 def coefficients_figure(specs: Sequence[SolverSpec], dark: bool = False) -> Figure:
-    """|c_ij| of each table, step i by rows, network call j by columns; negative ones carry a minus sign."""
+    """|c_ij| of each table, step i by rows, network call j by columns; a minus sign marks negative ones."""
     columns = min(3, len(specs))
     lines, size = math.ceil(len(specs) / columns), 2.6
     figure = Figure(figsize=(WIDTH, size * lines + 0.7), layout="constrained")
@@ -140,10 +138,10 @@ def coefficients_figure(specs: Sequence[SolverSpec], dark: bool = False) -> Figu
 
 
 def search_figure(records: Sequence[Mapping[str, Any]], dark: bool = False) -> Figure:
-    """Training loss and held-out error over the network evaluations of the run, a line per searched NFE.
+    """Training loss and held-out error over the network evaluations of a search, a line per searched NFE.
 
     Args:
-        records: lines of a metrics.jsonl, see `run`.
+        records: lines of its metrics.jsonl.
     """
     figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
     training, held_out = figure.subplots(1, 2, sharex=True)
@@ -161,7 +159,7 @@ def search_figure(records: Sequence[Mapping[str, Any]], dark: bool = False) -> F
         if positive(record.get("classical_mse")):
             classical[nfe] = record["classical_mse"]
     searched = sorted(nfe for nfe, points in tried.items() if len(points) > 1)
-    for nfe, colour, marker in zip(searched, _shades(len(searched), dark), itertools.cycle(MARKERS), strict=False):
+    for nfe, colour, marker in zip(searched, shades(len(searched), dark), itertools.cycle(MARKERS), strict=False):
         x, y = np.transpose(tried[nfe])
         training.plot(x, y, marker, color=colour, markersize=3, alpha=0.5)
         training.plot(x, np.minimum.accumulate(y), color=colour, linewidth=1.6)
@@ -181,7 +179,7 @@ def search_figure(records: Sequence[Mapping[str, Any]], dark: bool = False) -> F
 
 
 def _evaluations(records: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Network evaluations of the run at each record; calls of a descent, which do not say, lie evenly between."""
+    """Network evaluations of the search at each record; interpolated for records of a descent, which have none."""
     known = {
         i: value for i, r in enumerate(records)
         if positive(value := r.get("total_network_evaluations", r.get("network_evaluations")))

@@ -1,14 +1,13 @@
 """The `publish` command: a solver, its card, figures and pictures to the Hub in one commit; and `cards`, which renders
 those that ship with the package.
 
-Publishing is one sequence that may be repeated from its start: it looks at what the repository holds, sends what
-differs in one commit onto that very state, and tags it. When a connection breaks, even after a commit arrived, it is
-repeated. No token is read here: the Hub's own client finds it.
+Publishing is one sequence that may be repeated from its start: it looks at what the repository holds, commits onto that
+very state, and tags it. Where a connection breaks, even after a commit arrived, the sequence is repeated. The Hub's own
+client finds the token and leaves out files that have not changed.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import time
@@ -27,16 +26,18 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import ModelInfo, RepoFile
 from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils.sha import git_hash
 
-from diffusers_dssolver import DSSolverScheduler
-from diffusers_dssolver.card import CARD, EVAL, PICTURES, render, schedule, without_paths
+from diffusers_dssolver.card import CARD, schedule, without_paths
 from diffusers_dssolver.published import CONFIG_NAME
 
 from ..console import say
 from ..settings import CardsConfig, PublishConfig
 from ..storage import Damaged, read_record, write_record, write_text
-from .read import read_results
+from .figures import KINDS, PICTURES, card
+from .read import load_solver, read_json, read_results
 
+EVAL = "eval.json"
 RECORD = "published.json"  # in the solver's folder: by repository, the git objects of the solvers sent there
 ATTEMPTS, PAUSE = 5, 1.0  # seconds, doubled each time
 BUSY, MOVED = (429, 500, 502, 503, 504), 412
@@ -47,8 +48,8 @@ def publish(config: PublishConfig) -> None:
     """Send the solver, or print what would be sent.
 
     Raises:
-        ValueError: for a folder without a usable solver or figures, for a repository that holds another solver, a tag
-            that is taken, and for what the Hub refuses; nothing has been committed then.
+        ValueError: the folder has no usable solver or figures, the repository holds another solver, the tag is taken,
+            or the Hub refuses. Nothing has been committed then.
     """
     try:
         validate_repo_id(config.repo_id)
@@ -71,8 +72,7 @@ def contents(config: PublishConfig) -> dict[str, bytes]:
     folder = Path(config.solver)
     if not (folder / CONFIG_NAME).is_file():
         raise ValueError(f"{config.solver!r} holds no {CONFIG_NAME}; give the folder that search wrote")
-    if not DSSolverScheduler.from_pretrained(folder).tables:
-        raise ValueError(f"{config.solver!r} has no tables; search a solver first")
+    load_solver(config.solver)  # refuses what no scheduler takes
     data = (folder / CONFIG_NAME).read_bytes()
     name, figures = folder.resolve().name, _figures(folder)
     measured = {k: v for k, v in (("comparison", config.comparison), ("evaluation", config.evaluation)) if v}
@@ -81,13 +81,13 @@ def contents(config: PublishConfig) -> dict[str, bytes]:
     pictures = {name: next((f / name for f in folders if (f / name).is_file()), None) for name in PICTURES}
     files = {name: file.read_bytes() for name, file in pictures.items() if file is not None}
     try:
-        card = render(json.loads(data), config.repo_id, figures, name=name, pictures=files, license=config.license)
+        text = card(json.loads(data), config.repo_id, figures, name=name, pictures=files, license=config.license)
     except (KeyError, TypeError, AttributeError) as error:
         wrong = f"its figures are not as compare and evaluate write them ({type(error).__name__}: {error})"
-        raise ValueError(f"no card could be made for {config.solver!r}: {wrong}") from error
+        raise ValueError(f"no card could be made for {config.solver!r}: {wrong}; measure it anew") from error
     if any(figures.values()):
         files[EVAL] = (json.dumps(figures, indent=1) + "\n").encode()
-    return {CONFIG_NAME: data, CARD: card.encode(), **files}
+    return {CONFIG_NAME: data, CARD: text.encode(), **files}
 
 
 def cards(config: CardsConfig) -> None:
@@ -104,9 +104,9 @@ def rendered(folder: Path) -> dict[Path, str]:
     head = "| solver | searched on | noise schedule | network calls with a table | figures |"
     texts, rows = {}, [head, "|---|---|---|---|---|"]
     for artefact in sorted(file.parent for file in folder.glob(f"*/{CONFIG_NAME}")):
-        name, config, figures = artefact.name, _read(artefact / CONFIG_NAME), _figures(artefact)
+        name, config, figures = artefact.name, read_json(artefact / CONFIG_NAME), _figures(artefact)
         pictures = [picture for picture in PICTURES if (artefact / picture).is_file()]
-        texts[artefact / CARD] = render(config, name, figures, pictures=pictures)
+        texts[artefact / CARD] = card(config, name, figures, pictures=pictures)
         counts = ", ".join(map(str, sorted(map(int, config["solvers"]))))
         told = ("measured" if what != "reported" else "reported" for what in figures if figures[what])
         model = config["provenance"]["model"]
@@ -119,27 +119,17 @@ def rendered(folder: Path) -> dict[Path, str]:
 
 def _figures(folder: Path) -> dict[str, Any]:
     """The `eval.json` of an artefact."""
-    none = dict.fromkeys(("comparison", "evaluation", "reported"))
-    return none | _read(folder / EVAL) if (folder / EVAL).exists() else none
+    none = dict.fromkeys(KINDS)
+    return none | read_json(folder / EVAL) if (folder / EVAL).exists() else none
 
 
 def _measured(name: str, what: str, folder: str) -> dict[str, Any]:
-    """The comparison or evaluation in a folder, which must have this solver in it."""
+    """The comparison or evaluation in a folder, which must have results of this solver."""
     record = read_results(folder, what)
     names = {r["scheduler"] for r in record["results"]}
     if name not in names:
         others = f"has results of {', '.join(sorted(names))}, not of {name!r}"
         raise ValueError(f"the {what} in {folder!r} {others}; measure this solver")
-    return record
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{str(file)!r} could not be read: {error}") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{str(file)!r} holds a {type(record).__name__}, not a JSON object")
     return record
 
 
@@ -158,7 +148,7 @@ def _persistently(config: PublishConfig, files: Mapping[str, bytes]) -> str:
             raise ValueError("no token was found; log in with `hf auth login` or set HF_TOKEN") from None
         except HTTPError as error:
             status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-            # with --force nothing is taken for granted about what came in between
+            # With --force a commit that came in between was never compared with ours: it is not overwritten.
             again = status in (None, *BUSY) or (status == MOVED and not config.force)
             if not again or attempt == ATTEMPTS:
                 raise ValueError(_in_words(error, status, config.repo_id)) from None
@@ -169,16 +159,18 @@ def _persistently(config: PublishConfig, files: Mapping[str, bytes]) -> str:
 def _send(api: HfApi, config: PublishConfig, files: Mapping[str, bytes]) -> str:
     """Once through the sequence; the commit that holds the files."""
     head = _head(api, config)
-    _check_ancestor(api, config, files[CONFIG_NAME], head)
+    there = _there(api, config.repo_id, [*{*files, EVAL, *PICTURES}], head)
+    _check_ancestor(config, files[CONFIG_NAME], there.get(CONFIG_NAME))
+    added = {name: CommitOperationAdd(name, data) for name, data in files.items()}
+    gone = [CommitOperationDelete(name) for name in there if name not in files]
+    changed = gone or not all(_holds(there.get(name), add) for name, add in added.items())
     tagged = _tagged(api, config)
-    changed = _changed(api, config.repo_id, files, head)
     if tagged is not None and (changed or tagged != head.sha):
         raise ValueError(f"tag {config.tag!r} of {config.repo_id} names another state; choose another --tag")
     _remember(config, files[CONFIG_NAME])  # before it is sent: a kill in between must not make the solver a stranger's
     commit = head.sha
     if changed:
-        operations = [CommitOperationAdd(n, files[n]) if n in files else CommitOperationDelete(n) for n in changed]
-        message = f"Publish {', '.join(changed)}"
+        operations, message = [*added.values(), *gone], f"Publish {Path(config.solver).resolve().name}"
         commit = api.create_commit(config.repo_id, operations, commit_message=message, parent_commit=head.sha).oid
     if config.tag and tagged is None:
         api.create_tag(config.repo_id, tag=config.tag, revision=commit)
@@ -201,11 +193,26 @@ def _head(api: HfApi, config: PublishConfig) -> ModelInfo:
     return head
 
 
-def _check_ancestor(api: HfApi, config: PublishConfig, solver: bytes, head: ModelInfo) -> None:
-    """A solver that is there must be this one, or one that was sent from this folder before."""
-    there = _blobs(api, config.repo_id, [CONFIG_NAME], head)
-    ours = {_blob(solver), *_remembered(config).get(config.repo_id, [])}
-    if there and there[CONFIG_NAME] not in ours and not config.force:
+def _there(api: HfApi, repo_id: str, names: list[str], head: ModelInfo) -> dict[str, RepoFile]:
+    """Those of the files that the repository holds."""
+    found = api.get_paths_info(repo_id, names, revision=head.sha)
+    return {file.path: file for file in found if isinstance(file, RepoFile)}
+
+
+def _holds(file: RepoFile | None, add: CommitOperationAdd) -> bool:
+    """Whether a file is there with this very content. Large-file storage names files by SHA-256, git by its own."""
+    if file is None:
+        return False
+    if file.lfs:
+        return file.lfs.sha256 == add.upload_info.sha256.hex()
+    with add.as_file() as data:
+        return file.blob_id == git_hash(data.read())
+
+
+def _check_ancestor(config: PublishConfig, solver: bytes, there: RepoFile | None) -> None:
+    """Refuse to replace a solver, unless it is this one or one that was sent from this folder before."""
+    ours = {git_hash(solver), *_remembered(config).get(config.repo_id, [])}
+    if there is not None and there.blob_id not in ours and not config.force:
         stranger = f"{config.repo_id} holds a solver that was not published from {config.solver!r}"
         raise ValueError(f"{stranger}; choose another --repo_id, or --force to take its place")
 
@@ -214,27 +221,6 @@ def _tagged(api: HfApi, config: PublishConfig) -> str | None:
     """The commit that the tag names, if there is one."""
     tags = api.list_repo_refs(config.repo_id).tags if config.tag else []
     return next((ref.target_commit for ref in tags if ref.name == config.tag), None)
-
-
-def _changed(api: HfApi, repo_id: str, files: Mapping[str, bytes], head: ModelInfo) -> list[str]:
-    """Names of the files that are not there, that differ, or that only an earlier publication had."""
-    there = _blobs(api, repo_id, [*{*files, EVAL, *PICTURES}], head)
-    gone = [name for name in there if name not in files]
-    return [name for name, data in files.items() if there.get(name) not in (_blob(data), _sha256(data))] + gone
-
-
-def _blobs(api: HfApi, repo_id: str, names: list[str], head: ModelInfo) -> dict[str, str]:
-    """What identifies the files that are there: a git object, or the SHA-256 of one in large-file storage."""
-    found = api.get_paths_info(repo_id, names, revision=head.sha)
-    return {f.path: f.lfs.sha256 if f.lfs else f.blob_id for f in found if isinstance(f, RepoFile)}
-
-
-def _blob(data: bytes) -> str:
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 def _remembered(config: PublishConfig) -> dict[str, list[str]]:
@@ -247,9 +233,9 @@ def _remembered(config: PublishConfig) -> dict[str, list[str]]:
 
 
 def _remember(config: PublishConfig, solver: bytes) -> None:
-    known = _remembered(config)
-    if _blob(solver) not in known.get(config.repo_id, []):
-        sent = [*known.get(config.repo_id, []), _blob(solver)]
+    known, ours = _remembered(config), git_hash(solver)
+    if ours not in known.get(config.repo_id, []):
+        sent = [*known.get(config.repo_id, []), ours]
         write_record(Path(config.solver) / RECORD, {**known, config.repo_id: sent})
 
 

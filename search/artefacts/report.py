@@ -1,7 +1,7 @@
 """The `report` command: one HTML file with all that is known of a solver, which needs neither network nor server.
 
-What solver files, comparisons and evaluations say is untrusted text: it is escaped, pictures are decoded and encoded
-anew, and a content security policy lets nothing run or load that this module did not write.
+Text of solvers, comparisons and evaluations is untrusted: it is escaped, pictures are decoded and encoded anew, and a
+content security policy lets nothing run or load that this module did not write.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image, UnidentifiedImageError
 
-from diffusers_dssolver import card
-from diffusers_dssolver.figures import METRICS, metric_name, told_end
+from diffusers_dssolver import DSSolverScheduler
+from diffusers_dssolver.card import leaves, schedule, without_paths
 
 from ..console import one_line
 from ..measure.pictures import Drawing, positive, rendered
 from ..settings import ReportConfig
 from ..storage import write_text
+from .figures import columns, commands, steps
 from .plots import drawings
-from .read import load_artefact, read_results
+from .read import load_solver, read_results
 
 TEMPLATE, REPORT = "report.html.jinja", "report.html"
-# tables of the comparison, of which those with any figures are shown
+# Titles of the comparison's errors; those that were measured get a table.
 ERRORS = {
     "mse": "Final-state mse", "image_mse": "Mse of the images", "feature_distance": "Distance in features of",
 }  # fmt: skip
@@ -41,7 +42,7 @@ def report(config: ReportConfig) -> None:
     """Write report.html.
 
     Raises:
-        ValueError: one line that names the solver, the folder or the file at fault; nothing is written.
+        ValueError: the solver, a folder or a file is at fault; nothing is written.
     """
     html = page(config)
     folder = Path(config.output_dir)
@@ -51,12 +52,12 @@ def report(config: ReportConfig) -> None:
 
 
 def page(config: ReportConfig) -> str:
-    """The whole file."""
+    """The HTML."""
     pictures = drawings(config.solver, config.comparison, config.nfe)
     comparison = read_results(config.comparison, "comparison")
-    comparison["settings"] = card.without_paths(comparison["settings"])
-    evaluation = card.without_paths(read_results(config.evaluation, "evaluation")) if config.evaluation else {}
-    artefact = load_artefact(config.solver)
+    comparison["settings"] = without_paths(comparison["settings"])
+    evaluation = without_paths(read_results(config.evaluation, "evaluation")) if config.evaluation else {}
+    scheduler = load_solver(config.solver)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True,
@@ -69,7 +70,7 @@ def page(config: ReportConfig) -> str:
         tables=list(_tables(comparison)),
         plots={name: [_svg(draw, dark) for dark in (False, True)] for name, draw in pictures.items()},
         evaluation=evaluation and _evaluation(evaluation, comparison),
-        **_provenance(config.solver, artefact, comparison, evaluation),
+        **_provenance(config.solver, scheduler, comparison, evaluation),
         **_pictures(Path(config.comparison), comparison),
     )
 
@@ -77,12 +78,11 @@ def page(config: ReportConfig) -> str:
 def _measured(comparison: Mapping[str, Any]) -> str:
     settings, reference = comparison["settings"], comparison["reference"]
     samples, model = _text(settings.get("num_samples")), _text(settings.get("pretrained_model_name_or_path"))
-    steps = _text(reference.get("steps")) + " steps" + told_end(reference.get("end"))
     error = _text(reference.get("mse_against_half_the_steps"), 2)
     return (
-        f"On {samples} test samples of {model} that no search has seen, against a reference of {steps}; the mse "
-        f"between it and one of half as many is {error}. In small print the node spacing, the network calls where they "
-        "are not as many as asked for, and 95 % intervals. The lowest of each column is underlined."
+        f"On {samples} test samples of {model} that no search has seen, against a reference of {steps(comparison)}; "
+        f"the mse between it and one of half as many is {error}. In small print the node spacing, the network calls "
+        "where they are not as many as asked for, and 95 % intervals. The lowest of each column is underlined."
     )
 
 
@@ -99,7 +99,8 @@ def _by_scheduler(comparison: Mapping[str, Any]) -> dict[str, dict[int, Mapping[
 
 
 def _tables(comparison: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Schedulers by rows, NFE by columns: a table for each kind of error, and the searched ones over the best other."""
+    """A table for each kind of error, and one of searched solvers over the best other: a row per scheduler, a column
+    per NFE."""
     by, counts = _by_scheduler(comparison), _counts(comparison)
     for key, title in ERRORS.items():
         if not any(positive(r.get(key)) for r in comparison["results"]):
@@ -147,17 +148,15 @@ def _ratio_cell(result: Mapping[str, Any] | None, best: float) -> dict[str, Any]
 
 
 def _evaluation(evaluation: Mapping[str, Any], comparison: Mapping[str, Any]) -> dict[str, Any]:
-    """Metrics by scheduler and NFE, each named with the network that it was measured in."""
+    """A row per scheduler and NFE, a column per metric, which is named with its network."""
     results = evaluation["results"]
-    metrics = [m for m in METRICS if any(m in r["metrics"] for r in results)]
-    networks = {"clip_score": _text(evaluation.get("clip"))}
-    titles = [metric_name(m, networks.get(m, evaluation["extractor"])) for m in metrics]
+    titles = columns(evaluation)
     data = evaluation["data"]
     searched = {r["scheduler"] for r in comparison["results"] if r["searched"]}
     return {
         "measured": f"Features of {evaluation['extractor']}, against {_text(data.get('n'))} images of "
         f"{_text(data.get('name'))}; n: images generated. In small print 95 % intervals.",
-        "head": ["scheduler", "calls", "n", *titles, "seconds per image"],
+        "head": ["scheduler", "calls", "n", *titles.values(), "seconds per image"],
         "rows": [
             {
                 "name": r["scheduler"],
@@ -165,7 +164,7 @@ def _evaluation(evaluation: Mapping[str, Any], comparison: Mapping[str, Any]) ->
                 "spacing": r.get("spacing") or "",
                 "cells": [
                     *({"text": str(r[key]), "notes": []} for key in ("nfe", "n")),
-                    *(_metric_cell(r["metrics"].get(m)) for m in metrics),
+                    *(_metric_cell(r["metrics"].get(m)) for m in titles),
                     {"text": _text(r["seconds_per_image"], 3), "notes": []},
                 ],
             }
@@ -188,18 +187,24 @@ def _interval(ends: Any, digits: int) -> list[str]:
 
 
 def _provenance(
-    solver: str, artefact: Mapping[str, Any], comparison: Mapping[str, Any], evaluation: Mapping[str, Any]
+    solver: str, scheduler: DSSolverScheduler, comparison: Mapping[str, Any], evaluation: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What the artefact says of itself: the most important, every field (`facts`: dotted name and value; `records`:
-    name, columns and rows of what holds records of one kind), and the commands that make all this again."""
+    """What the artefact says of itself, by section of the page.
+
+    Returns:
+        summary: names and values of the most important fields.
+        facts: dotted name and value of every field but the records.
+        records: dotted name, columns and rows of every field that holds records of one kind.
+        commands: command lines that make all this again.
+    """
     try:
-        provenance = card.without_paths(artefact["provenance"] or {})
-        leaves = list(_leaves(provenance))
+        provenance = without_paths(scheduler.config.provenance or {})
+        fields = list(leaves(provenance, whole=_are_records))
         return {
-            "summary": list(_summary(artefact, provenance, comparison)),
-            "facts": [(key, _text(value)) for key, value in leaves if not _are_records(value)],
-            "records": [(key, *_table(value)) for key, value in leaves if _are_records(value)],
-            "commands": card.commands(provenance, comparison, evaluation),
+            "summary": list(_summary(scheduler, provenance, comparison)),
+            "facts": [(key, _text(value)) for key, value in fields if not _are_records(value)],
+            "records": [(key, *_table(value)) for key, value in fields if _are_records(value)],
+            "commands": commands(provenance, comparison, evaluation),
         }
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
         reason = f"the provenance of {solver!r} is not what search writes ({one_line(error)})"
@@ -207,26 +212,18 @@ def _provenance(
 
 
 def _summary(
-    artefact: Mapping[str, Any], provenance: Mapping[str, Any], comparison: Mapping[str, Any]
+    scheduler: DSSolverScheduler, provenance: Mapping[str, Any], comparison: Mapping[str, Any]
 ) -> Iterator[tuple[str, str]]:
     for key in ("model", "pipeline", "method", "call", "source"):
         if provenance.get(key):
             yield key, _text(provenance[key])
-    yield "noise schedule", card.schedule(artefact)
-    yield "tables for", ", ".join(sorted(artefact["solvers"], key=int)) + " network calls"
+    yield "noise schedule", schedule(scheduler.config)
+    yield "tables for", ", ".join(map(str, scheduler.tables)) + " network calls"
     yield "measured with", _text(comparison["versions"])
 
 
-def _leaves(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, inner in value.items():
-        if isinstance(inner, Mapping) and inner and not _are_records(inner):
-            yield from _leaves(inner, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", inner
-
-
 def _are_records(value: Any) -> bool:
-    """Whether it is a dict of dicts, none of which holds such a one again."""
+    """Whether a value is a mapping of records: mappings that hold no records themselves."""
     inner = list(value.values()) if isinstance(value, Mapping) else []
     return bool(inner) and all(
         isinstance(record, Mapping) and not any(map(_are_records, record.values())) for record in inner
@@ -234,14 +231,14 @@ def _are_records(value: Any) -> bool:
 
 
 def _table(records: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """Columns, and rows by name, 9 before 10."""
+    """Columns, and rows in the order of their names, 9 before 10."""
     columns = list(dict.fromkeys(column for record in records.values() for column in record))
     rows = [(name, [_text(r[c]) if c in r else "" for c in columns]) for name, r in records.items()]
     return columns, sorted(rows, key=lambda row: (len(row[0]), row[0]))
 
 
 def _text(value: Any, digits: int = 6) -> str:
-    """JSON data for people, numbers rounded."""
+    """JSON data as plain text, numbers rounded."""
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_text(v, digits)}" for key, v in value.items()) or "-"
     if isinstance(value, list):
@@ -256,9 +253,8 @@ def _text(value: Any, digits: int = 6) -> str:
 
 
 def _pictures(folder: Path, comparison: Mapping[str, Any]) -> dict[str, Any]:
-    """Strips of samples by NFE and scheduler, or else the comparison's one picture, or else none."""
-    steps = _text(comparison["reference"].get("steps")) + " steps" + told_end(comparison["reference"].get("end"))
-    found: dict[str, Any] = {"panels": [], "reference": None, "whole": None, "reference_note": steps}
+    """Strips of samples by NFE and scheduler, else the comparison's single picture, else none."""
+    found: dict[str, Any] = {"panels": [], "reference": None, "whole": None, "reference_note": steps(comparison)}
     for nfe in _counts(comparison):
         rows = [
             {
@@ -280,7 +276,7 @@ def _pictures(folder: Path, comparison: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _picture(folder: Path, name: Any, widest: int = WIDEST) -> dict[str, Any]:
-    """A PNG file below the folder, encoded anew: small ones as they are, large ones made to fit."""
+    """A PNG file in the folder, encoded anew: small pictures without loss, large ones made to fit."""
     try:
         file = (folder / name).resolve(strict=True)
         if not file.is_relative_to(folder.resolve()):
@@ -308,5 +304,5 @@ def _uri(kind: str, data: bytes) -> str:
 
 
 def _digest(text: str) -> str:
-    """Of a style or script, as a content security policy names it."""
+    """Name of a style or script in a content security policy."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

@@ -1,7 +1,7 @@
 """Checkpoints of the authors' FlowDCN (github.com/MCG-NJU/FlowDCN, arXiv 2410.22655) as a `FlowDCNTransformer2DModel`.
 
-Names are theirs but for three that lose a level. Their network predicts data - noise: the last layer changes its sign.
-Its second half of output channels ("learned sigma") is cut off by their forward, never trained, and left behind here.
+Names of weights are theirs but for three that lose a level. Their network predicts data - noise: the last layer changes
+its sign. The second half of its outputs ("learned sigma"), which their forward cuts off untrained, is left behind.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from accelerate import init_empty_weights
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from diffusers_dssolver.models import FlowDCNTransformer2DModel
 
-from .convert import check_keys, weights
+from .weights import check_keys, weights
 
 WHAT = "the FlowDCN checkpoint"
 OWN_NAMES = {
@@ -25,16 +27,21 @@ OWN_NAMES = {
 LAST = "final_layer.linear"
 
 
+def flowdcn(held: Mapping[str, Any], **sizes: int) -> tuple[FlowDCNTransformer2DModel, SchedulerMixin]:
+    """The network and the flow scheduler of an official checkpoint; `sizes` as in `convert_flowdcn`."""
+    return convert_flowdcn(denoiser_weights(held), **sizes), FlowMatchEulerDiscreteScheduler()
+
+
 def denoiser_weights(raw: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The network's weights by their official names, the averaged ones where there are any.
+    """The network's weights by their official names, averaged ones where there are any.
 
     Args:
-        raw: a state dict, or a checkpoint of their Lightning code: "state_dict", with the network's keys behind
-            "denoiser." (and in their later code the averages' behind "ema_denoiser."), and in "optimizer_states" the
-            averages as a list without names, in the order of the network's parameters, which is the state dict's.
+        raw: a state dict, or a checkpoint of their Lightning code. Its "state_dict" has the prefix "denoiser." before
+            the network's keys, and in later code "ema_denoiser." before those of the averages. In earlier code
+            "optimizer_states" has the averages as a list, in the order of the state dict.
 
     Raises:
-        ValueError: there is no network in it, or the averages are not those of its weights.
+        ValueError: it holds no network, or averages of other shapes.
     """
     if "state_dict" not in raw:
         return dict(raw)
@@ -56,15 +63,14 @@ def denoiser_weights(raw: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def convert_flowdcn(state: Mapping[str, Tensor], sample_size: int = 32) -> FlowDCNTransformer2DModel:
-    """The model with official weights; all sizes are read off their shapes.
+    """The model with official weights; their shapes tell all sizes but one.
 
     Args:
         state: see `denoiser_weights`.
-        sample_size: side of the latents to draw by default, which nothing in the weights tells: 32 for 256 pixels,
-            64 for 512.
+        sample_size: default side of the latents to draw: 32 for 256 pixels, 64 for 512.
 
     Raises:
-        ValueError: other keys or shapes than the official network has, or no finite floats.
+        ValueError: keys or shapes are not those of the official network, or weights are no finite floats.
     """
     depth = sum(str(key).endswith(".norm1.weight") for key in state)
     with init_empty_weights():
@@ -104,7 +110,7 @@ def convert_flowdcn(state: Mapping[str, Tensor], sample_size: int = 32) -> FlowD
 
 
 def _official(name: str) -> str:
-    """Official name of one of our keys."""
+    """Official name of a key of `FlowDCNTransformer2DModel`."""
     for theirs, ours in OWN_NAMES.items():
         if name.startswith(ours):
             return theirs + name.removeprefix(ours)

@@ -1,10 +1,10 @@
-"""The small classifier that the images of the embedded models are scored with, and its training.
+"""A small classifier whose features the images of the embedded models are scored in, and its training.
 
     python -m dssolver_search.demo.classifier --dataset_name zalando-datasets/fashion_mnist --output_dir OUT
 
-writes the three files of `classifier/`: weights, what was measured, and the statistics of the test images' features,
-which are a reference for `evaluate --extractor dssolver_search.demo.classifier:load`. With `--num_channels 3` and other
-settings it is the classifier of other images.
+writes the three files of `classifier/`: the weights, the measured accuracy, and statistics of the test images, which
+`evaluate --extractor dssolver_search.demo.classifier:load` compares with. `--num_channels 3` and other settings train
+a classifier of other images.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from tqdm.auto import tqdm
 from ..images.features import of_network
 from ..images.real_images import Statistics
 from ..storage import read_tensors, write_tensors, write_text
-from .train import load_images
 
 NAME = "fashion-classifier"
 FOLDER = Path(__file__).parent / "classifier"
@@ -31,12 +30,12 @@ SIZE = 28
 
 
 class Classifier(nn.Module):
-    """Images (B, 3, H, W) in [0, 1] -> features (B, 64) and logits (B, 10), of their grey values at 28 x 28 pixels.
+    """Images (B, 3, H, W) in [0, 1] -> features (B, 64) and logits (B, 10).
 
     Args:
-        name: that its figures are shown under.
-        channels: 1, or 3 to see colours.
-        size: of the pixels that it sees, both ways.
+        name: shown beside the metrics.
+        channels: 3; 1: images are made grey.
+        size: images are resized to size x size pixels.
     """
 
     def __init__(self, name: str = NAME, channels: int = 1, size: int = SIZE) -> None:
@@ -58,10 +57,10 @@ class Classifier(nn.Module):
 
 
 def load(folder: Path = FOLDER) -> Classifier:
-    """The shipped one, or the one that `main` wrote to a folder; in evaluation mode.
+    """The shipped classifier, or one that `main` wrote to a folder; in evaluation mode.
 
     Raises:
-        ValueError: its weights are not there (they are part of a checkout, not of an installed package) or damaged.
+        ValueError: its weights are damaged or absent (they are part of a checkout, not of an installed package).
     """
     tensors, facts = read_tensors(folder / WEIGHTS)
     model = Classifier(facts.get("name", NAME), int(facts.get("channels", 1)), int(facts.get("size", SIZE)))
@@ -92,6 +91,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def split_of(args: argparse.Namespace, split: str) -> tuple[Tensor, Tensor]:
     """Images (n, C, H, W) uint8 and labels (n,)."""
+    from .train import load_images  # slow to import
+
     files = args.data_files if split == "train" else args.test_files
     settings = {**vars(args), "data_files": files, "split": split if files is None else "train"}
     images, labels, _ = load_images(argparse.Namespace(**settings))
@@ -99,7 +100,7 @@ def split_of(args: argparse.Namespace, split: str) -> tuple[Tensor, Tensor]:
 
 
 def train(args: argparse.Namespace, images: Tensor, labels: Tensor) -> Classifier:
-    """On images mirrored at random, the learning rate rising and falling once."""
+    """AdamW with a one-cycle learning rate, on images mirrored at random."""
     torch.manual_seed(args.seed)
     model = Classifier(args.name, args.num_channels, args.resolution)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.05)
@@ -135,19 +136,14 @@ def main(argv: list[str] | None = None) -> None:
     extractor = of_network(model, args.name)
     found = [extractor(batch.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()) for batch in images.split(500)]
     features, logits = (torch.cat([part[name] for part in found]) for name in ("features", "logits"))
-    reference = Statistics.of(features, f"{args.dataset_name} (test)")
-    reference.write(args.output_dir / "reference.safetensors", extractor, torch.float16)
+    real = Statistics.of(features, f"{args.dataset_name} (test)")
+    real.write(args.output_dir / "reference.safetensors", extractor, torch.float16)
     facts = {
-        "name": args.name,
-        "dataset": args.dataset_name,
-        "epochs": args.epochs,
-        "train_batch_size": args.train_batch_size,
-        "minutes": round(minutes, 1),
-        "device": "cpu",
-        "test_images": len(images),
-        "test_accuracy": round((logits.argmax(1) == labels).float().mean().item(), 4),
+        "name": args.name, "dataset": args.dataset_name, "epochs": args.epochs,
+        "train_batch_size": args.train_batch_size, "minutes": round(minutes, 1), "device": "cpu",
+        "test_images": len(images), "test_accuracy": round((logits.argmax(1) == labels).float().mean().item(), 4),
         "parameters": sum(p.numel() for p in model.parameters()),
-    }
+    }  # fmt: skip
     write_text(args.output_dir / "training.json", json.dumps(facts, indent=2) + "\n")
     print(json.dumps(facts))
 

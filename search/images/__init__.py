@@ -1,1 +1,1 @@
-"""Distances between sets of images; nothing in here knows a solver."""
+"""Distances between images and between sets of them. Nothing here knows a solver."""

@@ -1,9 +1,8 @@
-"""Networks that metrics see images through: clean-fid's Inception, CLIP, or one that a factory makes."""
+"""Extractors: networks that describe each image by one vector of features, for metrics of sets of images."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from ..console import one_line
 from ..storage import weights_digest
+from .networks import blamed, from_factory, is_factory
 
 INCEPTION_FILE = "inception-2015-12-05.pt"
 INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
@@ -25,12 +25,12 @@ Describe = Callable[[Images], tuple[Tensor, Tensor | None]]
 
 @dataclass(frozen=True)
 class Extractor:
-    """What describes images by features.
+    """Features of images.
 
     Attributes:
-        name: under which its figures are shown.
-        sha256: of its weights.
-        describe: images (H, W, 3) uint8 -> features (n, D), and logits (n, K) if it has classes.
+        name: shown beside the metrics.
+        sha256: digest of the weights.
+        describe: images (H, W, 3) uint8 -> features (n, D), and logits (n, K) of a classifier.
         dimension: D.
     """
 
@@ -40,18 +40,14 @@ class Extractor:
     dimension: int
 
     def __call__(self, images: Images) -> dict[str, Tensor]:
-        """`features` and perhaps `logits`, float32 on the CPU.
+        """`features`, and `logits` of a classifier, float32 on the CPU.
 
         Raises:
-            ValueError: the network fails on these images, or what it gives is not finite.
+            ValueError: the network fails on these images, or its features are not finite.
         """
-        try:
+        shapes = " and ".join(sorted({" x ".join(map(str, image.shape[:2])) for image in images}))
+        with blamed(f"extractor {self.name!r} cannot take images of {shapes} pixels"):
             features, logits = self.describe(images)
-        except Exception as error:  # whatever a network raises
-            shapes = " and ".join(sorted({" x ".join(map(str, image.shape[:2])) for image in images}))
-            raise ValueError(
-                f"extractor {self.name!r} cannot take images of {shapes} pixels: {one_line(error)}"
-            ) from error
         found = {"features": features} if logits is None else {"features": features, "logits": logits}
         if not all(x.isfinite().all() for x in found.values()):
             raise ValueError(f"extractor {self.name!r} gives features that are not finite; use another extractor")
@@ -59,26 +55,26 @@ class Extractor:
 
 
 def load_extractor(given: str, device: Any = "cpu", progress: bool = True) -> Extractor:
-    """By the name `inception`, by `clip:` and a Hub id or folder, or by `package.module:factory`, a callable without
-    arguments that returns a module: images (B, 3, H, W) in [0, 1] -> features (B, D), or these and logits (B, K). A
-    `name` that the module has is shown in the place of the factory's.
+    """An extractor by name: `inception`; `clip:` and a Hub id or folder; or `package.module:factory`, whose network
+    maps images (B, 3, H, W) in [0, 1] to features (B, D), alone or with logits (B, K). The network's `name`, if it has
+    one, is shown in the place of the factory's.
 
     Raises:
         ValueError: one line that names what could not be loaded.
     """
-    try:
+    with blamed(f"extractor {given!r} cannot be used"):
         if given == "inception":
             return _inception(device, progress)
         if given.startswith("clip:"):
             clip = Clip(given.removeprefix("clip:"), device)
             return _tried(f"clip:{clip.name}", clip.sha256, clip.describe)
-        return of_network(_made(given), given, device)
-    except Exception as error:  # whatever a loader, a factory or a network raises
-        raise ValueError(f"extractor {given!r} cannot be used: {one_line(error)}") from error
+        if is_factory(given):
+            return of_network(from_factory(given), given, device)
+        raise ValueError("give inception, clip:ID or package.module:factory")
 
 
 def of_network(network: nn.Module, name: str, device: Any = "cpu") -> Extractor:
-    """A network like those of a factory, see `load_extractor`."""
+    """An extractor of a network as `load_extractor` takes it from a factory."""
     network = network.to(device).eval()
 
     @torch.no_grad()
@@ -94,26 +90,15 @@ def of_network(network: nn.Module, name: str, device: Any = "cpu") -> Extractor:
 
 
 def _tried(name: str, sha256: str, describe: Describe) -> Extractor:
-    """On a blank image, which tells the dimension."""
+    """An extractor that was tried on a blank image, which tells its dimension."""
     features, _ = describe([BLANK])
     if not (isinstance(features, Tensor) and features.ndim == 2 and len(features) == 1):
         raise ValueError("it must give features (images, D), alone or with logits")
     return Extractor(name, sha256, describe, features.shape[1])
 
 
-def _made(given: str) -> nn.Module:
-    """By a factory."""
-    module, _, factory = given.partition(":")
-    if not factory:
-        raise ValueError("give inception, clip:ID or package.module:factory")
-    network = getattr(importlib.import_module(module), factory)()
-    if not isinstance(network, nn.Module):
-        raise ValueError(f"it returns {type(network).__name__}; it must return a torch.nn.Module")
-    return network
-
-
 def _inception(device: Any, progress: bool) -> Extractor:
-    """Of clean-fid: its resizing and its TorchScript file, whose checksum is known; fetched if it is not there."""
+    """The Inception of clean-fid: its resizing and its TorchScript file, which is downloaded if absent and checked."""
     try:
         from cleanfid.downloads_helper import inception_url
         from cleanfid.features import InceptionV3W
@@ -139,31 +124,32 @@ def _inception(device: Any, progress: bool) -> Extractor:
     def describe(images: Images) -> tuple[Tensor, Tensor]:
         resized = np.stack([resize(image) for image in images]).transpose(0, 3, 1, 2)
         features = network(torch.from_numpy(resized).to(device))
-        return features, features @ network.base.output.weight.T  # without bias, as the score was defined on
+        return features, features @ network.base.output.weight.T  # without bias, as in the score's definition
 
     return _tried("inception", INCEPTION_SHA256, describe)
 
 
 class Clip:
-    """A CLIP model of transformers, with its own preparation of images and texts.
+    """A CLIP model of transformers with its own processor.
 
     Args:
         name: Hub id or folder; safetensors only.
+
+    Raises:
+        ValueError: one line that names what could not be loaded.
     """
 
     def __init__(self, name: str, device: Any = "cpu") -> None:
-        from transformers import AutoProcessor, CLIPModel  # slow to import, and only this needs them
+        from transformers import AutoProcessor, CLIPModel  # slow to import
 
-        try:
+        with blamed(f"no CLIP model could be loaded from {name!r}"):
             self.model = CLIPModel.from_pretrained(name, use_safetensors=True).to(device).eval()
             self.processor = AutoProcessor.from_pretrained(name)
-        except Exception as error:  # whatever a loader raises for files, configurations and weights
-            raise ValueError(f"no CLIP model could be loaded from {name!r}: {one_line(error)}") from error
         self.name = Path(name).resolve().name if Path(name).is_dir() else name
         self.sha256 = weights_digest(self.model)
 
     def describe(self, images: Images) -> tuple[Tensor, None]:
-        """Projected features (n, D) of images (H, W, 3) uint8."""
+        """Projected features (n, D) of images (H, W, 3) uint8; there are no logits."""
         return self._projected(self.model.get_image_features, images=list(images)), None
 
     def scores(self, images: Images, prompts: Sequence[str]) -> Tensor:

@@ -1,11 +1,12 @@
-"""Feature networks that images are compared in, differentiable in the images."""
+"""Networks that images are seen through: how they are loaded, and their layers as differentiable features."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,32 +19,68 @@ from ..console import one_line
 from ..storage import weights_digest
 
 FACTORY = re.compile(r"[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*")
-
-
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
-
-
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
 RESAMPLING = {2: "bilinear", 3: "bicubic"}  # as numbered by Pillow
+SHORT = 1e-10  # squared length below which a feature is not scaled up to length 1
 
 
-SHORT = 1e-10  # squared length of a feature that is not scaled up to 1
+@contextmanager
+def blamed(what: str) -> Iterator[None]:
+    """Whatever a loader, a factory or a network raises, as a ValueError of one line that begins with `what`."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{what}: {one_line(error)}") from error
 
 
-OTHERWISE = "use objective terminal"
+def is_factory(name: str) -> bool:
+    return FACTORY.fullmatch(name) is not None and not Path(name).exists()
+
+
+def from_factory(name: str) -> nn.Module:
+    """The network that `package.module:factory` returns, a callable without arguments.
+
+    Raises:
+        ValueError: it returns something else; or whatever the factory raises.
+    """
+    module, _, factory = name.partition(":")
+    network = getattr(importlib.import_module(module), factory)()
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"it returns {described(network)}; it must return a torch.nn.Module")
+    return network
+
+
+def from_transformers(name: str) -> VisionModel:
+    """A vision model of transformers, Hub id or folder, safetensors only; of a pair such as CLIP the vision part.
+
+    Raises:
+        ValueError: it takes no images; or whatever the loader raises.
+    """
+    from transformers import AutoModel  # slow to import
+    from transformers.image_processing_base import ImageProcessingMixin  # reads settings without a processor's parts
+
+    model = AutoModel.from_pretrained(name, use_safetensors=True)
+    try:
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(name)
+    except OSError:  # it has none
+        settings = {}
+    if getattr(model, "main_input_name", None) != "pixel_values":
+        model = getattr(model, "vision_model", model)
+    if getattr(model, "main_input_name", None) != "pixel_values":
+        raise ValueError(f"{type(model).__name__} takes no pixel_values; give a vision model")
+    return VisionModel(model, Preparation.of(settings, getattr(model.config, "image_size", None)))
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """What an image processor does to images in [0, 1], as differentiable torch.
+    """The steps of an image processor as differentiable operations on images in [0, 1].
 
     Attributes:
         size: (H, W), or one number for the shorter side; None: as they are.
-        crop: (H, W) cut out of the middle; None: all.
-        mode: of the interpolation, with antialiasing.
-        mean, std: of each of three channels.
+        crop: (H, W) cut out of the middle; None: nothing is cut.
+        mode: interpolation, with antialiasing.
+        mean, std: per channel.
     """
 
     size: tuple[int, int] | int | None
@@ -54,10 +91,10 @@ class Preparation:
 
     @classmethod
     def of(cls, settings: Mapping[str, Any], image_size: Any = None) -> Preparation:
-        """From a `preprocessor_config.json`; what it does not say is ImageNet's, and the model's own size.
+        """From a `preprocessor_config.json`; defaults are ImageNet's mean and std, and the model's own size.
 
         Raises:
-            ValueError: a size of another form.
+            ValueError: the size has another form.
         """
         cropped = bool(settings.get("do_center_crop", False))
         size = settings.get("size") or image_size
@@ -72,7 +109,7 @@ class Preparation:
         return cls(wanted, crop_edges, mode, tuple(mean), tuple(std))
 
     def __call__(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1] -> what the model takes, (B, 3, H', W')."""
+        """(B, 3, H, W) in [0, 1] -> the model's input (B, 3, H', W')."""
         if self.size is not None:
             height, width = images.shape[-2:]
             short = min(height, width)
@@ -88,7 +125,7 @@ class Preparation:
 
 
 class VisionModel(nn.Module):
-    """A vision model of transformers behind its preparation: images (B, 3, H, W) in [0, 1] -> its hidden states."""
+    """A vision model of transformers with its preparation: images (B, 3, H, W) in [0, 1] -> hidden states."""
 
     def __init__(self, model: nn.Module, preparation: Preparation) -> None:
         super().__init__()
@@ -99,10 +136,10 @@ class VisionModel(nn.Module):
 
 
 class FeatureNetwork(nn.Module):
-    """A network as the objective sees it: frozen, in evaluation mode, in float32.
+    """The layers of a frozen float32 network, for distances between images.
 
     Args:
-        network: images (B, 3, H, W) in [0, 1] -> a tensor or several, (B, C), (B, tokens, C) or (B, C, ...).
+        network: images (B, 3, H, W) in [0, 1] -> a layer or several, (B, C), (B, tokens, C) or (B, C, ...).
         name: for messages.
 
     Attributes:
@@ -113,9 +150,8 @@ class FeatureNetwork(nn.Module):
         super().__init__()
         self.network, self.name = network.float(), name
         self.eval().requires_grad_(False)
-        told = hashlib.sha256(repr(getattr(network, "preparation", None)).encode())
-        told.update(weights_digest(network).encode())
-        self.digest = told.hexdigest()
+        facts = repr(getattr(network, "preparation", None)) + weights_digest(network)
+        self.digest = hashlib.sha256(facts.encode()).hexdigest()
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Images (B, C, H, W) or frames (B, F, C, H, W) in [0, 1], of 1 or 3 channels -> features (B, places, C) of
@@ -124,72 +160,40 @@ class FeatureNetwork(nn.Module):
         Raises:
             ValueError: the network fails on them, or gives something else.
         """
-        pictures = images.float().flatten(0, -4)
-        pictures = pictures.expand(-1, 3, -1, -1)
-        try:
+        pictures = images.float().flatten(0, -4).expand(-1, 3, -1, -1)
+        with blamed(f"feature_network {self.name!r} cannot take images of shape {tuple(pictures.shape)}"):
             given = self.network(pictures)
-        except Exception as error:  # whatever a network raises
-            shape = tuple(pictures.shape)
-            raise ValueError(
-                f"feature_network {self.name!r} cannot take images of shape {shape}: {one_line(error)}"
-            ) from error
         layers = [given] if isinstance(given, Tensor) else given
         if not (isinstance(layers, (list, tuple)) and layers and all(_is_layer(x, len(pictures)) for x in layers)):
             raise ValueError(
-                f"feature_network {self.name!r} gives {_described(given)}; it must give a tensor or a sequence of "
+                f"feature_network {self.name!r} gives {described(given)}; it must give a tensor or a sequence of "
                 "tensors, samples first"
             )
         return [_unit(x).unflatten(0, images.shape[:-3]).flatten(1, -2) for x in layers]
 
 
 def load_feature_network(name: str, device: Any = "cpu") -> FeatureNetwork:
-    """By Hub id or folder of a vision model of transformers (safetensors only), or by `package.module:factory`, a
-    callable without arguments that returns a module as `FeatureNetwork` takes it.
+    """A network by its factory (`from_factory`), or a vision model of transformers by Hub id or folder.
 
     Raises:
         ValueError: one line that names what could not be loaded.
     """
-    made = _from_factory if FACTORY.fullmatch(name) and not Path(name).exists() else _from_transformers
-    return FeatureNetwork(made(name), name).to(device)
-
-
-def _from_factory(name: str) -> nn.Module:
-    module, _, factory = name.partition(":")
-    try:
-        network = getattr(importlib.import_module(module), factory)()
-    except Exception as error:  # whatever a module or a factory raises
-        raise ValueError(f"feature_network {name!r} could not be made: {one_line(error)}") from error
-    if not isinstance(network, nn.Module):
-        raise ValueError(f"feature_network {name!r} returns {_described(network)}; it must return a torch.nn.Module")
-    return network
-
-
-def _from_transformers(name: str) -> nn.Module:
-    from transformers import AutoModel  # slow to import, and only this needs it
-    from transformers.image_processing_base import ImageProcessingMixin  # reads settings without a processor's parts
-
-    try:
-        model = AutoModel.from_pretrained(name, use_safetensors=True)
-        try:
-            settings, _ = ImageProcessingMixin.get_image_processor_dict(name)
-        except OSError:  # it has none
-            settings = {}
-        if getattr(model, "main_input_name", None) != "pixel_values":
-            model = getattr(model, "vision_model", model)  # of a pair, such as CLIP
-        if getattr(model, "main_input_name", None) != "pixel_values":
-            raise ValueError(f"{type(model).__name__} takes no pixel_values; give a vision model")
-        return VisionModel(model, Preparation.of(settings, getattr(model.config, "image_size", None)))
-    except Exception as error:  # whatever a loader raises for files, configurations and weights
-        raise ValueError(f"feature_network {name!r} could not be loaded: {one_line(error)}") from error
+    made, done = (from_factory, "made") if is_factory(name) else (from_transformers, "loaded")
+    with blamed(f"feature_network {name!r} could not be {done}"):
+        network = made(name)
+    return FeatureNetwork(network, name).to(device)
 
 
 def distance(features: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
-    """Of features (B, places, C) by layer: squared, summed over channels, mean over the rest and over layers."""
+    """Squared distance of features (B, places, C) summed over channels; mean over samples, places and layers.
+
+    Source: Zhang et al., arXiv 1801.03924, eq. 1, without learned weights.
+    """
     return torch.stack([(f - w).square().sum(-1).mean() for f, w in zip(features, wanted, strict=True)]).mean()
 
 
 def _unit(layer: Tensor) -> Tensor:
-    """(B, C), (B, tokens, C) or (B, C, ...) -> (B, places, C) of unit length over channels."""
+    """A layer (B, C), (B, tokens, C) or (B, C, ...) -> (B, places, C), scaled to length 1 over channels."""
     places = layer if layer.ndim == 3 else layer.reshape(*layer.shape[:2], -1).transpose(1, 2)
     return places * torch.rsqrt(places.square().sum(-1, keepdim=True) + SHORT)
 
@@ -211,6 +215,7 @@ def _size(value: Any, shorter: bool) -> tuple[int, int] | int:
     raise ValueError(f"its image processor's size is {value!r}; it must be height and width, or shortest_edge")
 
 
-def _described(value: Any) -> str:
+def described(value: Any) -> str:
+    """Type of a value, and its shape if it has one, for messages."""
     shape = getattr(value, "shape", None)
     return type(value).__name__ + ("" if shape is None else f" of shape {tuple(shape)}")

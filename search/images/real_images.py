@@ -1,12 +1,12 @@
-"""Real images to compare with, from a folder or a data set, and the statistics of their features."""
+"""Real images from a folder or a data set, and statistics of their features."""
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,19 +22,19 @@ from ..storage import DATA_FILES, read_tensors, write_tensors
 from .features import Extractor
 from .metrics import moments
 
-KEPT_FEATURES = 10_000  # for what compares images one by one
-Opener = Callable[[], np.ndarray]  # gives an image (H, W, 3) uint8
+KEPT_FEATURES = 10_000  # for metrics that compare images one by one
+Opener = Callable[[], np.ndarray]  # returns an image (H, W, 3) uint8
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of the features of real images.
+    """Statistics of the features of real images.
 
     Attributes:
-        name: of the images.
-        n: how many; None if a file does not say.
+        name: of the folder or data set.
+        n: number of images; None if a file does not say.
         mean, covariance: (D,) and (D, D), float64.
-        features: of some of them in random order, (m, D) float32; None if a file has none.
+        features: of some of the images in random order, (m, D) float32; None if a file has none.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Statistics:
         return cls(name, len(features), *moments(features), features[drawn])
 
     def write(self, file: Path, extractor: Extractor, dtype: torch.dtype = torch.float32) -> None:
-        """As safetensors, a reference for other evaluations; `dtype` is that of the features."""
+        """Write a safetensors file that other evaluations can compare with; `dtype` is that of the features."""
         tensors = {"mu": self.mean, "sigma": self.covariance}
         if self.features is not None:
             tensors["features"] = self.features.to(dtype)
@@ -59,7 +59,7 @@ class Statistics:
 
 
 def read_statistics(file: Path, extractor: Extractor) -> Statistics:
-    """What `Statistics.write` wrote, or a .npz of clean-fid with `mu` and `sigma`, which is for Inception only.
+    """Read what `Statistics.write` wrote, or a .npz of clean-fid with `mu` and `sigma`, of Inception's features.
 
     Raises:
         ValueError: one line that names the file and what is wrong with it, such as another extractor.
@@ -100,12 +100,12 @@ def _read_npz(file: Path, extractor: Extractor) -> Statistics:
 
 @dataclass(frozen=True)
 class RealImages:
-    """Images in a fixed order, each opened when it is asked for.
+    """Images in a fixed order, opened one by one when they are needed.
 
     Attributes:
         name: of the folder or data set.
-        key: of what they are, for files made from them.
-        openers: one for each image.
+        key: digest of what the images are, for names of files made from them.
+        openers: an iterator with an opener for each image.
     """
 
     name: str
@@ -118,8 +118,8 @@ class RealImages:
             yield batch
 
 
-def open_reference(config: EvaluateConfig, extractor: Extractor) -> Statistics | RealImages:
-    """What the settings name: a statistics file, a folder of images (with its folders), or a data set.
+def open_real_images(config: EvaluateConfig, extractor: Extractor) -> Statistics | RealImages:
+    """What `config.reference` names: a statistics file, a folder of images (with its folders), or a data set.
 
     Raises:
         ValueError: one line that names it and says why it cannot be used.
@@ -132,41 +132,33 @@ def open_reference(config: EvaluateConfig, extractor: Extractor) -> Statistics |
     return _dataset(config)
 
 
-def pixels(image: Image.Image) -> np.ndarray:
-    """(H, W, 3) uint8."""
-    return np.array(image.convert("RGB"))
-
-
 def _image_files(folder: Path) -> list[Path]:
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     return sorted(file for file in folder.rglob("*") if file.suffix.lower() in suffixes and file.is_file())
 
 
-def _folder(folder: Path, files: list[Path]) -> RealImages:
-    def opened(file: Path) -> np.ndarray:
-        try:
-            return pixels(Image.open(file))
-        except OSError as error:
-            raise ValueError(f"reference image {str(file)!r} cannot be read: {one_line(error)}") from error
+def _pixels(name: str, opened: Callable[[], Image.Image]) -> np.ndarray:
+    """(H, W, 3) uint8. Raises a ValueError that names the image."""
+    try:
+        return np.array(opened().convert("RGB"))
+    except OSError as error:
+        raise ValueError(f"{name} cannot be read: {one_line(error)}") from error
 
-    openers = [functools.partial(opened, file) for file in files]
+
+def _folder(folder: Path, files: list[Path]) -> RealImages:
+    openers = [partial(_pixels, f"reference image {str(file)!r}", partial(Image.open, file)) for file in files]
     return RealImages(folder.resolve().name, _key([_state_of(file) for file in files]), lambda: iter(openers))
 
 
 def _dataset(config: EvaluateConfig) -> RealImages:
     from datasets import Image as ImageColumn
-    from datasets import load_dataset  # slow to import, and only this needs them
+    from datasets import load_dataset  # slow to import
 
     given, column, split = config.reference, config.reference_column, config.reference_split
     path = Path(given)
     kind = DATA_FILES.get(path.suffix.lower())
     options: dict[str, Any] = {"data_files": given} if kind else {}
-
-    def opened(held: dict[str, Any]) -> np.ndarray:
-        try:
-            return pixels(ImageColumn().decode_example(held))
-        except OSError as error:
-            raise ValueError(f"an image of reference {given!r} cannot be read: {one_line(error)}") from error
+    decode = ImageColumn().decode_example
 
     def openers() -> Iterator[Opener]:
         try:
@@ -175,8 +167,8 @@ def _dataset(config: EvaluateConfig) -> RealImages:
             for row in islice(rows, config.num_reference_images):
                 if row[column] is None:
                     raise ValueError(f"column {column!r} holds no image; its columns: {', '.join(row)}")
-                yield functools.partial(opened, row[column])
-        except Exception as error:  # whatever a reader of files, archives or web pages raises
+                yield partial(_pixels, f"an image of reference {given!r}", partial(decode, row[column]))
+        except Exception as error:  # readers of files, archives and web pages raise anything
             raise ValueError(f"reference {given!r} could not be read: {one_line(error)}") from error
 
     if next(openers(), None) is None:

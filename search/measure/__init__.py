@@ -1,1 +1,1 @@
-"""How good a solver is, beside diffusers' own schedulers."""
+"""Measurements of solvers beside diffusers' own schedulers."""

@@ -1,11 +1,11 @@
-"""What searched solvers are compared with: diffusers' own schedulers, each as its documentation configures it for the
-model's family (flow or vp), in every node spacing and variant that it offers for few steps.
+"""The schedulers of diffusers that searched solvers are compared with.
 
-Which of them is best depends on the model and the step count, so all are tried and the best is shown. Heun makes two
-network calls a step and gets half the steps. Align Your Steps is tried where diffusers ships a list for the model.
+Each is configured as its documentation recommends for the model's family (flow or vp) and runs in every node spacing
+and variant that it offers for few steps: which is best depends on the model and the step count. To add a scheduler, add
+a line to `VP`, to `FLOW` or to both.
 
 Sources: the docstrings of diffusers 0.42 (UniPC: order 2 with guidance and 3 without, bh1 for fewer than 10 steps);
-Sabour et al., arXiv 2404.14507.
+Align Your Steps: Sabour et al., arXiv 2404.14507.
 """
 
 from __future__ import annotations
@@ -35,10 +35,14 @@ STABLE_DIFFUSION = {
 
 @dataclass(frozen=True)
 class Stock:
-    """A scheduler of diffusers for one family: class name, fixed options, and its spacings and variants by name.
+    """A scheduler of diffusers for one family.
 
     Attributes:
-        aligned: whether it also takes a list of times such as that of Align Your Steps.
+        cls: class name.
+        options: of its configuration, in every spacing.
+        spacings: more options, by name of the node spacing and variant.
+        calls_per_step: network calls in a step; Heun's method makes two.
+        aligned: whether it also takes a list of times, such as that of Align Your Steps.
     """
 
     cls: str
@@ -50,13 +54,15 @@ class Stock:
 
 @dataclass(frozen=True)
 class Run:
-    """A scheduler that is to be run with one number of network calls.
+    """A scheduler with a number of network calls.
 
     Attributes:
-        spacing: of its nodes, and its variant; of ours, whether the table was searched or derived.
-        steps: what the pipeline is given as `num_inference_steps`.
-        configuration: class and options, for people.
-        call: further arguments of the pipeline's call that belong to this run.
+        name: of the solver or stock scheduler.
+        spacing: node spacing and variant; of a searched solver, whether its table was searched or derived.
+        steps: the pipeline's `num_inference_steps`.
+        searched: whether it is a searched solver.
+        configuration: class and options, for the reader of a table.
+        call: further arguments of the pipeline's call.
     """
 
     name: str
@@ -67,6 +73,13 @@ class Run:
     searched: bool
     configuration: str
     call: Options = field(default_factory=dict)
+
+    @property
+    def facts(self) -> list[Any]:
+        """What its samples depend on, plain data; the same in every process. Keys with an underscore are diffusers'
+        notes, one of which lists names in an order that differs between processes."""
+        config = {k: v for k, v in self.scheduler.config.items() if not k.startswith("_") and k != "provenance"}
+        return [type(self.scheduler).__name__, config, self.steps, self.call]
 
 
 def _vp(
@@ -84,7 +97,7 @@ def _flow(
 
 
 def _varied(spacings: Mapping[str, Options], variants: Mapping[str, Options]) -> dict[str, Options]:
-    """Every spacing in every variant."""
+    """Every spacing in every variant, named "spacing, variant"."""
     return {
         ", ".join(filter(None, (spacing, variant))): {**options, **more}
         for variant, more in variants.items()
@@ -111,10 +124,13 @@ FLOW: dict[str, Stock] = {
 
 
 def family(model_config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Stock]:
-    """Those of this name for a model, by its scheduler's configuration.
+    """Stock schedulers of these names.
+
+    Args:
+        model_config: configuration of the model's own scheduler.
 
     Raises:
-        ValueError: for a name that is none.
+        ValueError: a name is unknown.
     """
     known = FLOW if is_flow(model_config) else VP
     if missing := [name for name in names if name not in known]:
@@ -132,14 +148,15 @@ def configured(cls: Any, model_config: Mapping[str, Any], **options: Any) -> Any
 
 
 def runs(name: str, stock: Stock, nfe: int, model_config: Mapping[str, Any], pipe: Any, accepted: Any) -> Iterator[Run]:
-    """All runs of one scheduler with so many network calls.
+    """All runs of one scheduler with `nfe` network calls.
 
     Args:
-        pipe: the pipeline, whose class tells which list of times is the model's.
-        accepted: names of the arguments that its call takes.
+        model_config: configuration of the model's own scheduler.
+        pipe: the pipeline; its class tells which list of times is the model's.
+        accepted: arguments that its call takes.
     """
     cls = getattr(diffusers, stock.cls)
-    steps = nfe if stock.calls_per_step == 1 else (nfe + 1) // 2  # Heun's last step is a single call
+    steps = nfe if stock.calls_per_step == 1 else (nfe + 1) // 2  # the last step of Heun's method is a single call
     for spacing, options in stock.spacings.items():
         given = {**stock.options, **options}
         scheduler = configured(cls, model_config, **given)
@@ -152,7 +169,7 @@ def runs(name: str, stock: Stock, nfe: int, model_config: Mapping[str, Any], pip
 
 
 def aligned_times(pipe: Any, model_config: Mapping[str, Any]) -> list[int]:
-    """The list of Align Your Steps that diffusers ships for a model, none if it is for others."""
+    """Times of Align Your Steps that diffusers ships for this model; empty where there are none."""
     if any(model_config.get(key) != value for key, value in STABLE_DIFFUSION.items()):
         return []
     kind = "StableDiffusionXL" if "StableDiffusionXL" in type(pipe).__name__ else "StableDiffusion"

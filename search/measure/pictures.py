@@ -1,6 +1,7 @@
 """Pictures of comparisons.
 
-Colour-blind safe (Okabe-Ito, viridis), readable at the width of a card (8 inches for 800 pixels), light and dark.
+Colours are safe for the colour-blind (Okabe-Ito, viridis) and legible on light and dark pages; pictures are 8 inches
+wide, the width of a card at 800 pixels.
 """
 
 from __future__ import annotations
@@ -24,62 +25,54 @@ from ..settings import CompareConfig
 from .results import Result
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#F0E442")
-
-
 MARKERS = "osD^vPX*"
-
-
 STYLE = {
     "font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
     "svg.hashsalt": "dssolver",
 }  # fmt: skip
+WIDTH = 8.0  # inches
+Drawing = Callable[[bool], Figure]  # of whether the page is dark
 
 
-WIDTH = 8.0
-
-
-NUMBER = float | int
-
-
-def comparison_picture(results: Sequence[Result], config: CompareConfig, reference: Sequence[Any], file: Path) -> None:
-    """Schedulers by rows, NFE by columns, the same samples in every cell; the converged reference on top."""
+def comparison_picture(results: Sequence[Result], config: CompareConfig, converged: Sequence[Any], file: Path) -> None:
+    """A grid of the same samples: converged runs in the first row, then a row per scheduler; a column per NFE."""
     names = list(dict.fromkeys(r.scheduler for r in results))
     by = {(r.scheduler, r.nfe): r for r in results}
-    strips = {key: strip(r.pictures) for key, r in by.items()}
-    top = strip(reference)
-    height, width = top.shape[:2]
-    columns = len(config.nfe)
-    figure = Figure(figsize=(2.2 + 4.2 * columns, (len(names) + 1) * (4.2 * height / width + 0.32) + 0.3), dpi=140)
+    top = strip(converged)
+    ratio, columns = top.shape[0] / top.shape[1], len(config.nfe)
+    size = (2.2 + 4.2 * columns, (len(names) + 1) * (4.2 * ratio + 0.32) + 0.3)
+    figure = Figure(figsize=size, dpi=140)
     axes = figure.subplots(len(names) + 1, columns, squeeze=False)
     for column, nfe in enumerate(config.nfe):
-        for row, name in enumerate([None, *names]):
-            axis = axes[row][column]
-            axis.imshow(
-                top if name is None else strips[name, nfe], cmap="gray", vmin=0, vmax=255, interpolation="nearest"
-            )
-            axis.set_xticks([])
-            axis.set_yticks([])
-            for spine in axis.spines.values():
-                spine.set_visible(False)
-            if name is None:
-                axis.set_title(f"NFE {nfe}", fontsize=12, fontweight="bold")
-            else:
-                axis.set_xlabel(f"mse {by[name, nfe].mse:.2g}", fontsize=9, labelpad=2)
-            if column == 0:
-                text = f"reference\n{config.reference_steps} steps" if name is None else name
-                weight = "bold" if name and by[name, nfe].searched else "normal"
-                axis.set_ylabel(text, rotation=0, ha="right", va="center", fontsize=11, fontweight=weight)
+        _cell(axes[0][column], top)
+        axes[0][column].set_title(f"NFE {nfe}", fontsize=12, fontweight="bold")
+        for name, axis in zip(names, axes[1:, column], strict=True):
+            _cell(axis, strip(by[name, nfe].pictures))
+            axis.set_xlabel(f"mse {by[name, nfe].mse:.2g}", fontsize=9, labelpad=2)
+    for name, axis in zip([None, *names], axes[:, 0], strict=True):
+        strong = name is not None and by[name, config.nfe[0]].searched
+        axis.set_ylabel(
+            f"reference\n{config.reference_steps} steps" if name is None else name,
+            rotation=0, ha="right", va="center", fontsize=11, fontweight="bold" if strong else "normal",
+        )  # fmt: skip
     figure.tight_layout(h_pad=0.4)
     figure.savefig(file, facecolor="white")
 
 
+def _cell(axis: Any, picture: np.ndarray) -> None:
+    """A picture without a frame."""
+    axis.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    axis.set(xticks=[], yticks=[])
+    axis.spines[:].set_visible(False)
+
+
 def error_curves(results: Sequence[Result], file: Path) -> None:
-    """`error_figure`, light, in a file."""
+    """`error_figure` for a light page, as a file."""
     file.write_bytes(rendered(functools.partial(error_figure, [vars(r) for r in results])))
 
 
 def rendered(draw: Drawing, dark: bool = False, kind: str = "png") -> bytes:
-    """One variant of a picture as a "png" or "svg" file; the same bytes from the same data."""
+    """A picture as bytes of a "png" or "svg" file; equal data give equal bytes."""
     text, faint, background = ("#e6edf3", "#3d444d", "#0d1117") if dark else ("#1f2328", "#d1d9e0", "#ffffff")
     style = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), text)
     style |= dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), background)
@@ -90,10 +83,10 @@ def rendered(draw: Drawing, dark: bool = False, kind: str = "png") -> bytes:
 
 
 def error_figure(results: Iterable[Mapping[str, Any]], dark: bool = False) -> Figure:
-    """Final-state mse against NFE, logarithmic; searched solvers drawn strong.
+    """Final-state mse against NFE on a logarithmic axis; searched solvers are drawn strong.
 
     Args:
-        results: of a comparison.json.
+        results: those of a comparison.json.
     """
     figure = Figure(figsize=(WIDTH, 4.4), layout="constrained")
     axis = figure.subplots()
@@ -106,7 +99,7 @@ def error_figure(results: Iterable[Mapping[str, Any]], dark: bool = False) -> Fi
         colour = COLOURS[i % len(COLOURS)]
         axis.plot(
             [nfe for nfe, _ in points], [mse for _, mse in points],
-            label=name.replace("$", r"\$"),  # no formula
+            label=name.replace("$", r"\$"),  # not a formula
             color=matplotlib.rcParams["text.color"] if colour == "#000000" else colour,
             marker=MARKERS[i % len(MARKERS)], linewidth=2.6 if strong else 1.3, linestyle="-" if strong else "--",
         )  # fmt: skip
@@ -120,25 +113,25 @@ def error_figure(results: Iterable[Mapping[str, Any]], dark: bool = False) -> Fi
 
 
 def positive(value: Any) -> bool:
-    """Whether it is a number that a logarithmic axis can show."""
+    """Whether a value can be shown on a logarithmic axis."""
     return isinstance(value, float | int) and not isinstance(value, bool) and 0 < value < math.inf
 
 
-def _shades(count: int, dark: bool) -> np.ndarray:
+def shades(count: int, dark: bool) -> np.ndarray:
     """Colours (count, 4) from few calls to many, without those that the background swallows."""
     return matplotlib.colormaps["viridis"](np.linspace(*((0.3, 1.0) if dark else (0.0, 0.8)), count))
 
 
 def strip(pictures: Sequence[np.ndarray]) -> np.ndarray:
-    """Images (H, W, C) uint8 side by side, (H, sum of W, 3); of a video (F, H, W, C) its middle frame."""
+    """Images (H, W, C) uint8, or the middle frames of videos (F, H, W, C), side by side: (H, sum of W, 3)."""
     images = [p[len(p) // 2] if p.ndim == 4 else p for p in pictures]
     whole = np.concatenate(images, axis=1)
     return np.broadcast_to(whole, (*whole.shape[:2], 3))
 
 
 def as_uint8(picture: Any) -> Tensor:
-    """An image (H, W, C), or the frames of a video (F, H, W, C), as a pipeline returns them: of Pillow, or arrays in
-    [0, 1]."""
+    """An image (H, W, C) or the frames of a video (F, H, W, C), uint8, from what a pipeline returns: Pillow's images or
+    arrays in [0, 1]."""
     if isinstance(picture, list):
         return torch.stack([as_uint8(frame) for frame in picture])
     if isinstance(picture, Image.Image):
@@ -146,6 +139,3 @@ def as_uint8(picture: Any) -> Tensor:
         return torch.from_numpy(array.reshape(*array.shape[:2], -1))
     values = torch.as_tensor(picture).detach().float().cpu()
     return (values * 255).round().clamp(0, 255).to(torch.uint8)
-
-
-Drawing = Callable[[bool], Figure]  # of the dark variant, or the light one

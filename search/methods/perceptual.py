@@ -21,13 +21,14 @@ from diffusers import ModelMixin
 from torch import Tensor
 
 from ..console import one_line
-from ..images.networks import OTHERWISE, FeatureNetwork, _described, distance
+from ..images.networks import FeatureNetwork, described, distance
 from ..pipeline.plan import Plan, nodes_from_logits
 from ..pipeline.student import Student, Trajectory
 from ..teacher.ends import even_nodes
 from .preflight import REPEATED, SPLIT
 from .problem import Problem, Samples
 
+OTHERWISE = "use objective terminal"
 MOST_CALLS = 6  # with more, the pictures are next to the teacher's
 
 
@@ -60,10 +61,10 @@ class Perceptual:
             run = self.student.run(plan, indices, split, decode=True, final=final)
         images = run.output[0]
         if not isinstance(images, Tensor):
-            raise self._refusal(f"the output is {_described(images)}, not a tensor")
+            raise self._refusal(f"the output is {described(images)}, not a tensor")
         if images.ndim not in (4, 5) or len(images) != len(indices) or images.shape[-3] not in (1, 3):
             raise ValueError(
-                f"{self.student.name} gives {_described(images)} for {len(indices)} samples, which is no batch of "
+                f"{self.student.name} gives {described(images)} for {len(indices)} samples, which is no batch of "
                 f"images with 1 or 3 channels; {OTHERWISE}"
             )
         return replace(run, output=images)

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from diffusers_dssolver import DSSolverScheduler
 from diffusers_dssolver.derive import Shift
-from diffusers_dssolver.paths import FlowPath, Path
+from diffusers_dssolver.history import History
+from diffusers_dssolver.paths import FlowPath
 from diffusers_dssolver.step import Scalar, step
 
 from .plan import Plan, Solver
@@ -68,11 +69,6 @@ class ProbeScheduler(DSSolverScheduler):
         self.request, self.recorder = request, Recorder()
 
     @property
-    def path(self) -> Path:
-        """The model's path from noise to data."""
-        return self._path
-
-    @property
     def resolution_shift(self) -> Shift | None:
         """Of a flow model; a dynamic one as the last run's pipeline computed it. None on vp."""
         return self._shift() if isinstance(self._path, FlowPath) else None
@@ -102,7 +98,7 @@ class ProbeScheduler(DSSolverScheduler):
         self.solver, self._float32_state = plan.on(self._path, self.resolution_shift), None
         self._install_tensors(self.solver.nodes, self.solver.times, self.solver.rows, device)
         if self.request.watch:  # the watcher looks at the whole history
-            self._needed = [i + 1 for i in range(plan.nfe)]
+            self._history.needed = [i + 1 for i in range(plan.nfe)]
 
     @functools.wraps(DSSolverScheduler.step)
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -146,7 +142,7 @@ class ProbeScheduler(DSSolverScheduler):
         own; it never ends the run. Tensors are shared: those with a graph cannot be copied."""
         twin = object.__new__(type(self))
         memo[id(self)] = twin
-        twin.__dict__.update({k: v.copy() if type(v) in (list, set) else v for k, v in vars(self).items()})
+        twin.__dict__.update({k: v.copy() if type(v) in (list, set, History) else v for k, v in vars(self).items()})
         twin._twin, twin.recorder = True, Recorder()
         return twin
 
@@ -159,9 +155,9 @@ class ProbeScheduler(DSSolverScheduler):
         return row
 
     def _show(self, index: int, x: Tensor, row: list[Scalar], target: Tensor, watcher: Watcher) -> None:
-        left = as_batch(target.to(x), x) - step(x, self._history, row, self._a[index], self._b[index])
-        newest = self._history[-1]
-        columns = torch.stack([(self._b[index] * (d - newest)).flatten() for d in self._history[:-1]])
+        *earlier, newest = history = self._history.outputs
+        left = as_batch(target.to(x), x) - step(x, history, row, self._a[index], self._b[index])
+        columns = torch.stack([(self._b[index] * (d - newest)).flatten() for d in earlier])
         watcher(row, left.flatten(), columns)
 
 

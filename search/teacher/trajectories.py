@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from diffusers_dssolver.figures import told_end
 from diffusers_dssolver.solver import MAX_NFE
 
-from ..console import say
+from ..console import say, told_end
 from ..pipeline.plan import Plan
 from ..pipeline.student import Student
 from ..storage import Damaged, read_tensors, write_tensors

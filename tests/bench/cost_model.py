@@ -1,4 +1,4 @@
-"""What a search costs on large models: `python -m tests.cost_model [--peak 989] [--utilisation 0.4] [--update]`.
+"""What a search costs on large models: `python -m tests.bench.cost_model [--peak 989] [--utilisation 0.4] [--update]`.
 
 Counted: size and FLOPs of each denoiser (on the meta device, no weights), network evaluations by formulas that the
 tests hold against searches, idle GPUs. Assumed, not measured: the FLOP/s of a GPU.
@@ -10,7 +10,6 @@ import argparse
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,9 +21,8 @@ from dssolver_search.methods.closed_form import KEEP, RIDGE_FACTORS, fits_of
 from dssolver_search.methods.gauss_newton import DAMPINGS
 from dssolver_search.settings import SearchConfig
 from dssolver_search.teacher.convergence import CONVERGENCE_SAMPLES
+from tests import documents
 
-README = Path(__file__).resolve().parents[2] / "search" / "README.md"
-BEGIN, END = "<!-- cost -->\n", "<!-- /cost -->"
 PEAK, UTILISATION = 989.0, 0.4  # TFLOP/s of an H100, bfloat16, dense; the share of it that is reached
 GPUS = (1, 8, 32, 512)
 Work = tuple[str, int, int]  # stage; samples, which are shared out over the GPUs; calls of each, one after the other
@@ -183,12 +181,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peak", type=float, default=PEAK, help="TFLOP/s of a GPU")
     parser.add_argument("--utilisation", type=float, default=UTILISATION, help="share of it that is reached")
-    parser.add_argument("--update", action="store_true", help="put the result into search/README.md")
+    parser.add_argument("--update", action="store_true", help="put the result into its document")
     given = parser.parse_args()
     print(text := report(given.peak, given.utilisation))
     if given.update:
-        before, rest = README.read_text(encoding="utf-8").split(BEGIN)
-        README.write_text(before + BEGIN + text + END + rest.split(END)[1], encoding="utf-8")
+        documents.put("cost", text)
 
 
 if __name__ == "__main__":

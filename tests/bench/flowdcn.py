@@ -10,14 +10,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import time
-from pathlib import Path
 
 import torch
 from diffusers import DiTTransformer2DModel
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from diffusers_dssolver import FlowDCNTransformer2DModel

@@ -1,18 +1,17 @@
-"""What guidance does to a solver: searched at one scale, run at others; one solver for all of them; and one file with a
-solver for each (`merge`), whose tables are blended for the scales between.
+"""What guidance does to a solver: searched at one scale and run at others; and one file with a solver for each scale
+(`merge`), whose tables are blended for the scales between.
 
     python -m tests.bench.guidance [--output runs/bench-guidance] [--update]
 
 On the embedded models at 5 calls: searches at 1.5, 3 and 5, test errors there and at 2.25 and 4, final-state mse on 32
 samples against 200 steps. Every step of it is a command of the package; killed, it goes on. `--update` puts the tables
-into search/README.md.
+into search/docs/guidance.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,12 @@ from dssolver_search.artefacts.merge import merge
 from dssolver_search.measure.compare import Comparison
 from dssolver_search.methods.search import search
 from dssolver_search.settings import CompareConfig, MergeConfig, SearchConfig
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from tests.bench.search import FAMILIES, RESULTS, model, put_into_readme
+from tests import documents
+from tests.bench.search import FAMILIES, RESULTS, model
 
 SCALES, BETWEEN = (1.5, 3.0, 5.0), (2.25, 4.0)
 NFE, SAMPLES, REFERENCE_STEPS, TEACHER_STEPS = 5, 32, 200, 100
-ALL, MERGED = "all three", "each, merged"
+MERGED = "each, merged"
 
 
 def measured(family: str, folder: Path) -> dict[str, dict[str, float]]:
@@ -39,11 +37,10 @@ def measured(family: str, folder: Path) -> dict[str, dict[str, float]]:
     single = {f"{scale:g}": folder / f"{family}-{scale:g}" for scale in SCALES}
     for scale, output in single.items():
         search(replace(base, guidance_scale=float(scale), output_dir=str(output)))
-    together, merged = folder / f"{family}-all", folder / f"{family}-merged"
-    search(replace(base, guidance_scales=list(SCALES), output_dir=str(together)))
+    merged = folder / f"{family}-merged"
     if not merged.exists():
         merge(MergeConfig(solver=list(map(str, single.values())), output_dir=str(merged)))
-    solvers = {**{output.name: scale for scale, output in single.items()}, together.name: ALL, merged.name: MERGED}
+    solvers = {**{output.name: scale for scale, output in single.items()}, merged.name: MERGED}
     found: dict[str, dict[str, float]] = {name: {} for name in (*solvers.values(), "best of diffusers")}
     for scale in sorted((*SCALES, *BETWEEN)):
         config = CompareConfig(
@@ -80,7 +77,7 @@ def main() -> None:
     print(table(found))
     if given.update:
         (RESULTS / "guidance.json").write_text(json.dumps(found, indent=1) + "\n")
-        put_into_readme("guidance", table(found))
+        documents.put("guidance", table(found))
 
 
 if __name__ == "__main__":

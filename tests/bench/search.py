@@ -6,7 +6,7 @@ Whenever a run improves on itself its solver is tried on test samples that no se
 its network evaluations, the teacher is. Every finished run is kept under --output, so that a killed benchmark goes
 on. Prints tables, draws curves.png, writes bench_search.json. `--ablation` measures what each choice of the default
 brings, `--memory` the peak memory of a polish and of a gradient at several step counts, `--precision` what bfloat16
-costs; `--update` puts the tables into search/README.md and what they are made of beside the models.
+costs; `--update` puts the tables into their documents and what they are made of into search/results/.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import math
 import os
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -51,8 +50,7 @@ from dssolver_search.pipeline.student import Student
 from dssolver_search.settings import CompareConfig, SearchConfig
 from dssolver_search.teacher.ends import even_nodes
 from dssolver_search.teacher.trajectories import Teacher, TeacherTrajectory, teacher_trajectory
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+from tests import documents
 from tests.allocations import Allocations
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,11 +104,10 @@ class Test:
         if self.file.exists():
             stored = torch.load(self.file, weights_only=True)
         else:
-            final, _, uncertainty = self.comparison.reference()
-            stored = {"final": final, "uncertainty": uncertainty, "single_call": self.comparison.single_call}
+            final, _, uncertainty = self.comparison.converged()
+            stored = {"final": final, "uncertainty": uncertainty}
             torch.save(stored, self.file)
         self.wanted, self.uncertainty = stored["final"], stored["uncertainty"]
-        self.comparison.single_call = stored["single_call"]
 
     def error(self, scheduler: Any, steps: int) -> float:
         mse = (self.comparison.sample(scheduler, steps).final - self.wanted).square().mean().item()
@@ -118,12 +115,12 @@ class Test:
 
     def of(self, spec: SolverSpec) -> float:
         """Final-state mse of one solver."""
-        config = self.comparison.model_config
+        config = self.comparison.lineup.model_config
         return self.error(DSSolverScheduler.from_config(config, solvers={str(spec.nfe): spec.to_dict()}), spec.nfe)
 
     def stock(self, nfe: int) -> dict[str, Any]:
         """The best of diffusers' own, each in every spacing it offers."""
-        runs = self.comparison.candidates(nfe)
+        runs = self.comparison.lineup.runs(nfe)
         tried = [(self.error(run.scheduler, run.steps), f"{run.name} ({run.spacing})") for run in runs]
         return dict(zip(("mse", "scheduler"), min(tried), strict=True))
 
@@ -265,7 +262,7 @@ class EulerMemo:
 def nodes_of(start: str, family: str, nfe: int) -> torch.Tensor:
     """Nodes of a known family, (nfe + 1,) from 1 to 0, at resolution shift 1."""
     u = torch.linspace(1, 0, nfe + 1, dtype=torch.float64)
-    path = DSSolverScheduler.from_config(load_config(family), solvers="classical")._path
+    path = DSSolverScheduler.from_config(load_config(family), solvers="classical").path
     if start == "quadratic":
         return u**2
     if start == "cosine":
@@ -447,7 +444,7 @@ def bench(
     if update:
         (RESULTS / "bench-search.json").write_text(json.dumps({"paper": PAPER, "rows": rows}, indent=1) + "\n")
         shutil.copyfile(folder / "curves.png", RESULTS / "bench-search.png")
-        put_into_readme("bench", table(rows))
+        documents.put("bench", table(rows))
 
 
 def ablation(folder: Path, seeds: Sequence[int], families: Sequence[str], update: bool, kept_only: bool) -> None:
@@ -475,7 +472,7 @@ def ablation(folder: Path, seeds: Sequence[int], families: Sequence[str], update
     print(ablation_table(measured))
     if update:
         (RESULTS / "ablation.json").write_text(json.dumps(measured, indent=1) + "\n")
-        put_into_readme("ablation", ablation_table(measured))
+        documents.put("ablation", ablation_table(measured))
 
 
 def ablation_table(measured: dict[str, dict[str, list[float]]]) -> str:
@@ -491,13 +488,6 @@ def ablation_table(measured: dict[str, dict[str, list[float]]]) -> str:
         shown = [cell(column, *cells.get(column, ())) for column in columns]
         lines.append(f"| {name} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
-
-
-def put_into_readme(name: str, text: str) -> None:
-    file = ROOT / "search" / "README.md"
-    before, rest = file.read_text(encoding="utf-8").split(f"<!-- {name} -->\n")
-    after = rest.split(f"<!-- /{name} -->")[1]
-    file.write_text(f"{before}<!-- {name} -->\n{text}\n<!-- /{name} -->{after}", encoding="utf-8")
 
 
 def memory(family: str = "flow", samples: int = 8) -> None:

@@ -5,20 +5,20 @@
         --solver runs/steps/F/default runs/steps/F/all-steps --output_dir runs/steps/F/compare
     python -m tests.bench.steps [--folder runs/steps] [--update]
 
-for F = flow and vp, after both searches of both models: `default` is the search on top of search/README.md, `all-steps`
-that of search/recipes/all-steps.toml. `--update` puts the table into search/README.md, its figures beside the models.
+for F = flow and vp, after both searches of both models: `default` is the search on top of search/docs/results.md,
+`all-steps` that of search/recipes/all-steps.toml. `--update` puts the table into that document, its figures into
+search/results/.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+from tests import documents
 from tests.bench import search as bench_search
 from tests.bench.cost_model import table
 
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     print(steps_table(record))
     if given.update:
         FILE.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        bench_search.put_into_readme("steps", steps_table(record))
+        documents.put("steps", steps_table(record))
 
 
 if __name__ == "__main__":

@@ -17,8 +17,9 @@ from dssolver_search.methods.gradient import Descent
 from dssolver_search.methods.objective import terminal_loss
 from dssolver_search.methods.setup import check_shares
 from dssolver_search.settings import SearchConfig
+from tests import documents
 from tests.bench import cost_model
-from tests.bench.cost_model import BEGIN, END, MODELS, README, busiest, measured, numbers, reduced_bytes, report
+from tests.bench.cost_model import MODELS, busiest, measured, numbers, reduced_bytes, report
 from tests.families import WARP, searched
 from tests.search.test_gradient import told
 from tests.searches import CLOSED_FORM, PAPER, lines_of, search
@@ -69,13 +70,14 @@ def test_matrices_of_the_blocks_are_the_rest(name, matrices, sizes):
 
 def test_a_backward_pass_to_the_latent_takes_less_than_it_is_charged():
     model = MODELS[1]
+    short = model.config | {"num_layers": 4, "dual_attention_layers": (0, 1)}  # of 24 and 13; all alike
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        network = model.kind(**model.config).eval().requires_grad_(False)
+        network = model.kind(**short).eval().requires_grad_(False)
         inputs = {k: torch.zeros(shape) for k, shape in model.inputs.items()}
         out = network(**{**inputs, "hidden_states": inputs["hidden_states"].requires_grad_()}).sample
         forward = counter.get_total_flops()
         out.sum().backward()
-    assert counter.get_total_flops() / forward - 1 == pytest.approx(1.38, abs=0.01)
+    assert counter.get_total_flops() / forward - 1 == pytest.approx(1.37, abs=0.005)
 
 
 # --- evaluations -----------------------------------------------------------------------------------------------------
@@ -159,10 +161,10 @@ def test_bytes_that_are_summed():
 # --- report ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_readme_holds_the_report(sizes, monkeypatch):
+def test_the_document_holds_the_report(sizes, monkeypatch):
     monkeypatch.setattr(cost_model, "measured", lambda model: sizes[model.name])
     text = report()
-    assert README.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0] == text
+    assert documents.block("cost") == text.rstrip()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     sdxl = next(row for row in cells if row[0] == "SDXL")
     seconds = sum(sizes["SDXL"][1].values()) / (989e12 * 0.4)

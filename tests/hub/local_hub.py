@@ -1,14 +1,12 @@
 """A tiny in-memory server speaking the part of the Hugging Face Hub HTTP API that huggingface_hub 2.4 uses.
 
-Standard library (plus PyYAML for card validation).  `with LocalHub() as hub:` starts it on a free loopback port;
-`hub.env(tmp)` gives the environment of a child process; `python local_hub.py --port 8000` runs it in the foreground.
+Standard library (plus PyYAML for card validation). `with LocalHub() as hub:` starts it on a free loopback port.
 Text is committed inline ("regular"); files that look binary go through the LFS batch API ("lfs"), which needs
-HF_HUB_DISABLE_XET=1 in the client (hub.env sets it).  `LocalHub(lfs=False)` commits everything inline.  A test may put
-a function at `hub.fault`: it is told of every request, "before" it is served and "after", when the answer is not yet
-sent, and raises HubError to answer otherwise or Dropped to break the connection.
+HF_HUB_DISABLE_XET in the client. A test may put a function at `hub.fault`: it is told of every request, "before" it is
+served and "after", when the answer is not yet sent, and raises HubError to answer otherwise or Dropped to break the
+connection.
 """
 
-import argparse
 import base64
 import hashlib
 import json
@@ -68,24 +66,12 @@ class Repo:
             for p, f in tree.items()
         ]
         return {
-            "_id": self.id,
-            "id": self.id,
-            "modelId": self.id,
-            "author": self.id.split("/")[0],
-            "sha": sha,
-            "private": self.private,
-            "gated": False,
-            "disabled": False,
-            "downloads": 0,
-            "likes": 0,
-            "createdAt": self.created,
-            "cardData": card,
-            "lastModified": self.commits[sha]["date"],
-            "tags": list(card.get("tags", [])),
-            "siblings": sib,
-            "library_name": card.get("library_name"),
+            "_id": self.id, "id": self.id, "modelId": self.id, "author": self.id.split("/")[0], "sha": sha,
+            "private": self.private, "gated": False, "disabled": False, "downloads": 0, "likes": 0,
+            "createdAt": self.created, "cardData": card, "lastModified": self.commits[sha]["date"],
+            "tags": list(card.get("tags", [])), "siblings": sib, "library_name": card.get("library_name"),
             "pipeline_tag": card.get("pipeline_tag"),
-        }
+        }  # fmt: skip
 
 
 def now():
@@ -178,18 +164,6 @@ class Handler(BaseHTTPRequestHandler):
         return repo
 
     # --- account, repositories -------------------------------------------------------------------------------------
-    def whoami(self, hub):
-        self.need_token()
-        self.reply(
-            body={
-                "type": "user",
-                "name": hub.user,
-                "fullname": hub.user,
-                "orgs": [],
-                "auth": {"type": "access_token", "accessToken": {"displayName": "local", "role": "write"}},
-            }
-        )
-
     def validate(self, hub):
         import yaml
 
@@ -213,26 +187,6 @@ class Handler(BaseHTTPRequestHandler):
             raise HubError(409, f"You already created this {kind} repo: {rid}", url=url)
         hub.repos[kind, rid] = Repo(kind, rid, d.get("visibility") == "private" or bool(d.get("private")))
         self.reply(body={"url": url, "name": rid, "id": rid})
-
-    def delete(self, hub):
-        d = json.loads(self.data)
-        rid, kind = f"{d.get('organization') or hub.user}/{d['name']}", d.get("type") or "model"
-        self.repo(hub, kind, rid)
-        del hub.repos[kind, rid]
-        self.reply()
-
-    def listing(self, hub, kind):
-        q = self.query
-        out = [r.info(r.resolve("main")) for (k, _), r in hub.repos.items() if k == KINDS[kind] and not r.private]
-        self.reply(
-            body=[
-                i
-                for i in out
-                if q.get("author", i["author"]) == i["author"]
-                and q.get("search", "") in i["id"]
-                and set(parse_qs(urlsplit(self.path).query).get("filter", [])) <= set(i["tags"])
-            ]
-        )
 
     def info(self, hub, kind, rid, rev=None):
         repo = self.repo(hub, kind, rid)
@@ -281,23 +235,6 @@ class Handler(BaseHTTPRequestHandler):
             }
         )
 
-    def log(self, hub, kind, rid, rev):
-        repo, out = self.repo(hub, kind, rid), []
-        sha = repo.resolve(rev)
-        while sha:
-            c = repo.commits[sha]
-            out.append(
-                {
-                    "id": sha,
-                    "authors": [{"user": hub.user}],
-                    "date": c["date"],
-                    "title": c["title"],
-                    "message": c["message"],
-                }
-            )
-            sha = c["parent"]
-        self.reply(body=out)
-
     def file(self, hub, kind, rid, rev, path):
         repo = self.repo(hub, {"datasets/": "dataset", "spaces/": "space"}.get(kind, "model"), rid)
         sha = repo.resolve(rev)
@@ -326,7 +263,7 @@ class Handler(BaseHTTPRequestHandler):
         repo = self.repo(hub, kind, rid)
         tree, out = repo.commits[repo.resolve(rev)]["tree"], []
         for f in json.loads(self.data)["files"]:
-            binary = hub.lfs and (looks_binary(base64.b64decode(f["sample"])) or f["size"] > 10 * 2**20)
+            binary = looks_binary(base64.b64decode(f["sample"]))
             old = tree.get(f["path"])
             out.append(
                 {
@@ -360,16 +297,11 @@ class Handler(BaseHTTPRequestHandler):
         hub.objects[oid] = self.data
         self.reply()
 
-    def get_lfs(self, hub, oid):
-        self.bytes(hub.objects[oid], {"ETag": f'"{oid}"'})
-
     def commit(self, hub, kind, rid, rev):
         repo = self.repo(hub, kind, rid)
         if rev not in repo.branches:
             repo.resolve(rev)
             raise HubError(400, f"{rev} is not a branch")
-        if "create_pr" in self.query:
-            raise HubError(501, "pull requests are not served here")
         lines = [json.loads(x) for x in self.data.splitlines()]
         head, tree = lines[0]["value"], dict(repo.commits[repo.branches[rev]]["tree"])
         if head.get("parentCommit", repo.branches[rev]) != repo.branches[rev]:
@@ -402,75 +334,44 @@ class Handler(BaseHTTPRequestHandler):
             }
         )
 
-    def ref(self, hub, kind, rid, what, name):
-        repo = self.repo(hub, kind, rid)
-        d = json.loads(self.data or b"{}")
-        refs = repo.tags if what == "tag" else repo.branches
-        new, at = (d.get("tag"), name) if what == "tag" else (name, d.get("startingPoint"))
-        if self.command == "DELETE":
-            if name not in refs:
-                raise HubError(404, f"{what} {name} not found", "RevisionNotFound")
-            del refs[name]
-        elif new in refs:
-            raise HubError(409, f"{what} {new} exists already")
-        else:
-            refs[new] = repo.resolve(at)
+    def tag(self, hub, kind, rid, name):
+        repo, new = self.repo(hub, kind, rid), json.loads(self.data)["tag"]
+        if new in repo.tags:
+            raise HubError(409, f"tag {new} exists already")
+        repo.tags[new] = repo.resolve(name)
         self.reply()
 
 
 K, ID = r"(?P<kind>models|datasets|spaces)", r"(?P<rid>[^/]+/[^/]+?)"
 ROUTES = [
-    ("GET", "/api/whoami-v2", "whoami"),
     ("POST", "/api/validate-yaml", "validate"),
     ("POST", "/api/repos/create", "create"),
-    ("DELETE", "/api/repos/delete", "delete"),
-    ("GET", f"/api/{K}", "listing"),
     ("GET", f"/api/{K}/{ID}(/revision/(?P<rev>[^/]+))?", "info"),
     ("GET", f"/api/{K}/{ID}/tree/(?P<rev>[^/]+)(/(?P<path>.+))?", "tree"),
     ("POST", f"/api/{K}/{ID}/paths-info/(?P<rev>[^/]+)", "paths"),
     ("GET", f"/api/{K}/{ID}/refs", "refs"),
-    ("GET", f"/api/{K}/{ID}/commits/(?P<rev>[^/]+)", "log"),
     ("POST", f"/api/{K}/{ID}/preupload/(?P<rev>[^/]+)", "preupload"),
     ("POST", f"/api/{K}/{ID}/commit/(?P<rev>[^/]+)", "commit"),
-    ("POST|DELETE", f"/api/{K}/{ID}/(?P<what>tag|branch)/(?P<name>[^/]+)", "ref"),
+    ("POST", f"/api/{K}/{ID}/tag/(?P<name>[^/]+)", "tag"),
     ("POST", f"/(?P<kind>datasets/|spaces/)?{ID}\\.git/info/lfs/objects/batch", "batch"),
     ("PUT", "/lfs/(?P<oid>[0-9a-f]{64})", "put_lfs"),
-    ("GET|HEAD", "/lfs/(?P<oid>[0-9a-f]{64})", "get_lfs"),
     ("GET|HEAD", f"/(?P<kind>datasets/|spaces/)?{ID}/resolve/(?P<rev>[^/]+)/(?P<path>.+)", "file"),
 ]
 
 
 class LocalHub:
-    def __init__(self, port=0, user="user", token="hf_local", lfs=True):
-        self.user, self.token, self.lfs = user, token, lfs
+    def __init__(self, user="user", token="hf_local"):
+        self.user, self.token = user, token
         self.repos, self.objects, self.log, self.lock = {}, {}, [], threading.RLock()
         self.fault = lambda when, command, path: None
-        self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.hub, self.server.daemon_threads = self, True
         self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
 
-    def env(self, home):
-        return {
-            "HF_ENDPOINT": self.endpoint,
-            "HF_TOKEN": self.token,
-            "HF_HOME": str(home),
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "NO_PROXY": "127.0.0.1",
-        }
-
     def __enter__(self):
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=[0.01], daemon=True).start()
         return self
 
     def __exit__(self, *exc):
         self.server.shutdown()
         self.server.server_close()
-
-
-if __name__ == "__main__":
-    p = argparse.ArgumentParser()
-    p.add_argument("--port", type=int, default=8000)
-    hub = LocalHub(p.parse_args().port)
-    print(f"export HF_ENDPOINT={hub.endpoint} HF_TOKEN={hub.token} HF_HUB_DISABLE_XET=1", flush=True)
-    hub.server.serve_forever()

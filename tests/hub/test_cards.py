@@ -13,11 +13,13 @@ from diffusers import DiffusionPipeline, DiTPipeline
 from huggingface_hub import ModelCard
 
 from diffusers_dssolver import DSSolverScheduler, SolverSpec, published_solvers
-from diffusers_dssolver.card import CARD, EVAL, metric_name, render, schedule, without_paths
+from diffusers_dssolver.card import CARD, render, schedule, without_paths
 from diffusers_dssolver.pipelines import SiTPipeline
 from diffusers_dssolver.published import cards_folder, published_config
-from dssolver_search.artefacts.publish import rendered
+from dssolver_search.artefacts import figures
+from dssolver_search.artefacts.publish import EVAL, rendered
 from dssolver_search.cli import main
+from dssolver_search.console import metric_name
 from dssolver_search.settings import CompareConfig, MergeConfig, SearchConfig, parse, tomllib
 from tests.families import make_pipe
 from tests.pipelines.zoo import make_dit
@@ -54,8 +56,8 @@ def make_config(**facts):
     return {"prediction_type": "flow_prediction", "shift": 3.0, "solvers": tables, "provenance": facts}
 
 
-def card_of(figures=None, source="org/mine", facts=FACTS, **kwargs):
-    return ModelCard(render(make_config(**facts), source, figures, **kwargs))
+def card_of(measured=None, source="org/mine", facts=FACTS, **kwargs):
+    return ModelCard(figures.card(make_config(**facts), source, measured or {}, **kwargs))
 
 
 def section(card, title):
@@ -124,15 +126,16 @@ def test_shipped_card_has_every_fact_and_marks_what_is_reported(name):
     assert rows(before) == [] and "arXiv 2505.21114" in before
     for table in reported["tables"]:
         assert table["title"] in after
-        for who, figures in table["figures"].items():
-            assert [who, *map(str, figures.values())] in rows(after)
-    assert "- Not measured by this project." in section(card, "For which models")
+        for who, row in table["figures"].items():
+            assert [who, *map(str, row.values())] in rows(after)
+    assert "Measured on" not in card.text
+    assert "The numbers are those of the release" in section(card, "Reproduce")
 
 
 def test_reported_figures_are_those_of_the_abstract():
     """FID with 10 steps: SiT-XL/2 2.40, FlowDCN-XL/2 2.35 and DiT-XL/2 2.33 on ImageNet 256x256."""
     read = {n: json.loads((cards_folder() / n / EVAL).read_text(encoding="utf-8")) for n in published_solvers()}
-    tables = [table for figures in read.values() for table in figures["reported"]["tables"]]
+    tables = [table for record in read.values() for table in record["reported"]["tables"]]
     found = {t["title"].split(", ")[1]: t["figures"]["this solver"]["10"] for t in tables if "256x256" in t["title"]}
     assert found == {"SiT-XL/2": 2.40, "FlowDCN-XL/2": 2.35, "DiT-XL/2": 2.33}
 
@@ -216,14 +219,14 @@ def test_only_inception_gives_an_fid(extractor, names):
 
 
 def test_model_index_has_what_was_measured_and_of_this_solver_only():
-    figures = {"comparison": {**COMPARISON, "results": copy.deepcopy(COMPARISON["results"])}, "evaluation": EVALUATION}
-    figures["comparison"]["results"][0]["scheduler"] = "mine"
-    card = card_of({**figures, "reported": {"source": "x", "url": "y", "tables": []}})
+    measured = {"comparison": {**COMPARISON, "results": copy.deepcopy(COMPARISON["results"])}, "evaluation": EVALUATION}
+    measured["comparison"]["results"][0]["scheduler"] = "mine"
+    card = card_of({**measured, "reported": {"source": "x", "url": "y", "tables": []}})
     mse, fid, clip = card.data.eval_results
     assert (mse.metric_type, mse.metric_value) == ("mse", COMPARISON["results"][0]["mse"])
     assert mse.metric_args == {"nfe": 5, "guidance": 1.5, "n": 64, "reference_steps": 400}
-    figures["comparison"]["reference"] = {**COMPARISON["reference"], "end": 0.1}
-    ended = card_of(figures)
+    measured["comparison"]["reference"] = {**COMPARISON["reference"], "end": 0.1}
+    ended = card_of(measured)
     assert ended.data.eval_results[0].metric_args["reference_end"] == 0.1
     assert "Final-state mse against 400 steps, the last from 0.1 to the data (" in ended.text
     assert "Final-state mse against 400 steps (" in card.text
@@ -364,14 +367,14 @@ def test_commands_give_the_settings_again():
     assert "does not record are left out" in card_of().text
 
 
-def test_commands_of_recorded_settings_of_the_paper_and_of_several_guidances():
+def test_commands_of_recorded_settings_of_the_paper_and_of_a_merged_solver():
     told = {"pretrained_model_name_or_path": "org/model", "trials": 3, "fill_nfe": [], "call": {"text": "it's a $HOME"}}
     (search,) = commands(card_of(facts={**FACTS, "settings": told}))
     assert settings_of(search, SearchConfig) == SearchConfig(**told, output_dir="searched-1")
     assert "does not record are left out" not in card_of(facts={**FACTS, "settings": told}).text
-    (search,) = commands(card_of(facts={**FACTS, "method": "paper", "call": {"guidance_scale": [1.0, 2.0]}}))
+    (search,) = commands(card_of(facts={**FACTS, "method": "paper"}))
     config = settings_of(search, SearchConfig)
-    assert (config.num_generated_samples, config.guidance_scales, config.guidance_scale) == (48, [1.0, 2.0], None)
+    assert (config.num_generated_samples, config.guidance_scale) == (48, 3.5)
     each = {str(w): {**FACTS, "call": {"guidance_scale": w}} for w in (1.0, 2.0)}
     merged = {"kind": "merged", "model": "org/model", "default_guidance_scale": 2.0, "by_guidance_scale": each}
     *searches, merge = commands(card_of(facts=merged))
@@ -382,5 +385,6 @@ def test_commands_of_recorded_settings_of_the_paper_and_of_several_guidances():
 
 def test_what_is_not_known_is_said():
     text = card_of(facts={}).text
-    assert "Searched on `not recorded`." in text and "None were measured." in text
-    assert "The provenance does not say how." in text and "- Not measured by this project." in text
+    assert "Searched on `not recorded`." in text and "\nNot measured by this project.\n" in text
+    assert "The provenance does not say how." in text
+    assert "## Figures" not in render(make_config(), "org/mine")  # the runtime knows of no figures

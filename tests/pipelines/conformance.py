@@ -1,6 +1,6 @@
 """Every check of `test_conformance.py`, slow ones too, and the table of outcomes: `make test-pipelines`.
 
-Writes `conformance.json` beside this file and prints the table, a row per pipeline. Ends with 1 if a check failed.
+Writes `conformance.json` and the table of README.md beside this file, a row per pipeline. Ends with 1 if a check fails.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 
 import diffusers
 import pytest
+
+from tests import documents
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "conformance.json"
@@ -72,7 +74,8 @@ def main() -> int:
     pipelines = {pipeline: by_outcome(checks) for pipeline, checks in outcomes.pipelines.items()}
     results = {"diffusers": diffusers.__version__, "pipelines": pipelines}
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    print(render(results))
+    print(table := render(results))
+    documents.put("conformance", table)
     return int(status)
 
 

@@ -27,8 +27,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_dssolver import DSSolverScheduler, SolverSpec
-from diffusers_dssolver.derive import Shift, classical, corrections, from_neighbours, reshifted
-from diffusers_dssolver.grids import is_default
+from diffusers_dssolver.derive import Shift, classical, corrections, reshifted
+from diffusers_dssolver.grids import default_name
 from diffusers_dssolver.paths import FlowPath, VPPath, make_betas
 from tests.runtime.test_scheduler import (
     SD_CONFIG,
@@ -62,7 +62,7 @@ GRIDS = {
 }
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 20, 28, 50, 100, 101, 124, 186, 199])
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 28, 124])
 @pytest.mark.parametrize("name", GRIDS)
 def test_of_a_pipelines_default_grid_only_the_length_counts(name, n):
     scheduler = make_flow(solvers=make_solvers(n, first=0.98))
@@ -80,7 +80,7 @@ def test_of_a_pipelines_default_grid_only_the_length_counts(name, n):
 def test_a_grid_that_is_nearly_a_default_is_the_users_own(name, n, caplog):
     grid = torch.as_tensor(np.array(GRIDS[name](n))).double()
     grid[-1] += 0.004
-    assert not is_default(grid.tolist())
+    assert default_name(grid.tolist()) is None
     scheduler = make_flow(solvers=make_solvers(n))
     with caplog.at_level(logging.WARNING, LOGGER):
         for _ in range(2):
@@ -92,8 +92,8 @@ def test_a_grid_that_is_nearly_a_default_is_the_users_own(name, n, caplog):
 
 def test_only_the_scale_of_training_makes_integers_a_default():
     grid = np.linspace(500, 1.0, 7).astype(np.int64) / 500
-    assert is_default(grid.tolist(), 500)
-    assert not is_default(grid.tolist(), 1000)
+    assert default_name(grid.tolist(), 500) == "integer"
+    assert default_name(grid.tolist(), 1000) is None
 
 
 @pytest.mark.parametrize("mu", [None, 0.7])
@@ -129,12 +129,6 @@ def test_a_rising_ramp_is_refused_with_its_reason():
         make_flow().set_timesteps(sigmas=torch.linspace(0, 1, 5, dtype=torch.float64))
 
 
-def test_a_last_entry_that_is_clean_data_is_named():
-    for name, grid in (("sigmas", [1.0, 0.5, 0.0]), ("timesteps", [1000, 500, 0])):
-        with pytest.raises(ValueError, match=f"{name} ends at clean data.*leave"):
-            make_flow().set_timesteps(**{name: grid})
-
-
 # --- 3.2 shifts ------------------------------------------------------------------------------------------------------
 
 SHIFTS = {
@@ -158,11 +152,11 @@ def golden(name, nfe):
     return theirs.sigmas.double(), {"factor": factor, "terminal": config.get("shift_terminal")}
 
 
-@pytest.mark.parametrize("nfe", [2, 3, 7])
 @pytest.mark.parametrize("target", SHIFTS)
 @pytest.mark.parametrize("searched", SHIFTS)
-def test_a_table_of_one_shift_at_another_is_diffusers_grid_of_that_shift(searched, target, nfe):
-    """diffusers computes in float32, hence 1e-6."""
+def test_a_table_of_one_shift_at_another_is_diffusers_grid_of_that_shift(searched, target):
+    """diffusers computes in float32, hence 5e-6."""
+    nfe = 2 if searched == target else 7
     before, record = golden(searched, nfe)
     wanted, _ = golden(target, nfe)
     table = {"nodes": before.tolist(), "coefficients": make_table(nfe)["coefficients"]}
@@ -262,72 +256,6 @@ def test_times_that_run_against_the_network_are_refused():
     for prediction_type in ("flow_prediction", "epsilon"):
         with pytest.raises(ValueError, match=r"solvers\['5'\]: timesteps must fall"):
             make_any(prediction_type, solvers={"5": table})
-
-
-# --- derived solvers -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("path", [FLOW, VP], ids=["flow", "vp"])
-@pytest.mark.parametrize("nfe", [6, 8, 11])
-def test_a_correction_that_both_tables_share_is_taken_over(path, nfe):
-    """The last weight raised by .2, the one before lowered by it, at every step: so it must be at 6, 8, 11 steps."""
-
-    def learned(n):
-        spec = classical([(n - i) / n for i in range(n + 1)], path)
-        rows = [list(row) for row in spec.coefficients]
-        for row in rows[1:]:
-            row[-1] += 0.2
-            row[-2] -= 0.2
-        return SolverSpec(
-            spec.nodes, rows, path.timestep(torch.tensor(spec.nodes[:-1], dtype=torch.float64) - 0.2 / n).tolist()
-        )
-
-    tables = {5: learned(5), 12: learned(12)}
-    off, on = (from_neighbours(tables, nfe, path, interpolate) for interpolate in (False, True))
-    assert off == classical(off.nodes, path)
-    assert on.nodes == off.nodes
-    for i, got in enumerate(corrections(on, path)):
-        assert abs(sum(got)) < 1e-9
-        if i >= 3:  # the rows before lie between a first row, which has nothing to learn, and the next
-            np.testing.assert_allclose(got, [*[0.0] * (i - 1), -0.2, 0.2], atol=1e-9)
-    assert 0 < corrections(on, path)[1][-1] <= 0.2
-    offsets = path.node(torch.tensor(on.timesteps, dtype=torch.float64)) - torch.tensor(
-        on.nodes[:-1], dtype=torch.float64
-    )
-    assert_close(offsets, torch.full((nfe,), -0.2 / nfe, dtype=torch.float64), 1e-9)
-
-
-@pytest.mark.parametrize("nfe", [1, 3, 40])
-def test_beyond_the_tables_corrections_are_left_out(nfe):
-    tables = {n: SolverSpec.from_dict(make_table(n, fed=True)) for n in (5, 12)}
-    assert from_neighbours(tables, nfe, FLOW, True) == from_neighbours(tables, nfe, FLOW)
-
-
-@pytest.mark.parametrize("nfe", range(4, 16))
-def test_random_tables_give_valid_solvers_between_them(nfe):
-    """`SolverSpec` checks order and sums; times that would cross are left out."""
-    for seed in range(5):
-        tables = {n: SolverSpec.from_dict(make_table(n, seed, fed=seed % 2 == 0)) for n in (4, 9, 15)}
-        spec = from_neighbours(tables, nfe, FLOW, True)
-        if nfe in tables:
-            assert spec.nodes == pytest.approx(tables[nfe].nodes)
-
-
-def test_interpolated_times_that_would_cross_are_left_out():
-    nodes = [1.0, 0.95, 0.5, 0.45, 0.0]
-    wide = SolverSpec(nodes, classical(nodes, FLOW).coefficients, [1000.0, 950.0, 940.0, 450.0])  # 9 narrow steps off
-    even = classical([(9 - i) / 9 for i in range(10)], FLOW)
-    spec = from_neighbours({4: wide, 9: even}, 6, FLOW, True)
-    assert spec.timesteps is None
-    assert spec.nfe == 6
-
-
-def test_the_configuration_decides_over_interpolated_corrections():
-    results = []
-    for interpolate in (False, True):
-        scheduler = make_flow(solvers=make_solvers(5, 8), interpolate_corrections=interpolate)
-        results.append(run(scheduler, noise(), 6))
-    assert (results[0] - results[1]).abs().max() > 1e-3
 
 
 # --- history ---------------------------------------------------------------------------------------------------------
@@ -473,7 +401,7 @@ def test_a_visit_to_another_class_does_not_print_the_table(other, serialised, ca
     printed = caplog.text + "".join(capfd.readouterr())
     assert len(printed) < 2500
     assert "0.999" not in printed
-    assert back._solvers == ours._solvers
+    assert back.solvers == ours.solvers
     assert back.config.solvers == ours.config.solvers
 
 

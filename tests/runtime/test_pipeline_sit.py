@@ -16,6 +16,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    UNet2DModel,
     UniPCMultistepScheduler,
 )
 from diffusers.callbacks import PipelineCallback
@@ -455,3 +456,28 @@ def test_names_without_id2label_are_refused():
 def test_id2label_of_other_classes_is_refused(key):
     with pytest.raises(ValueError, match=f"{key}.*0 to 9"):
         make_pipe(id2label={key: "tench"})
+
+
+def make_unet():
+    torch.manual_seed(0)
+    return UNet2DModel(
+        sample_size=8, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(8, 8), norm_num_groups=2,
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, num_class_embeds=CLASSES + 1,
+    ).double().eval()  # fmt: skip
+
+
+def test_a_unet_has_its_null_class_last():
+    """Its table of classes counts the null class, that of a DiT does not."""
+    pipe = SiTPipeline(make_unet(), FlowMatchEulerDiscreteScheduler(), id2label={CLASSES - 1: "volcano"})
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.num_classes == CLASSES and pipe.get_label_ids("volcano") == [CLASSES - 1]
+    with pytest.raises(ValueError, match=f"class id {CLASSES} is unknown"):
+        pipe([CLASSES])
+    with pytest.raises(ValueError, match=f"id2label has the key '{CLASSES}'"):
+        SiTPipeline(make_unet(), FlowMatchEulerDiscreteScheduler(), id2label={CLASSES: "null"})
+    noise, labels = make_noise(1, 3).double(), torch.tensor([2, CLASSES])
+    with torch.no_grad():
+        conditional, null = pipe.transformer(torch.cat([noise, noise]), torch.full((2,), 1000.0), labels).sample
+    expected = noise - (null + 3 * (conditional - null))
+    made = pipe([2], guidance_scale=3.0, num_inference_steps=1, latents=noise, output_type="latent").images
+    torch.testing.assert_close(made, expected, rtol=1e-6, atol=1e-6)  # sigmas of the stock scheduler are float32

@@ -31,8 +31,7 @@ from diffusers.pipelines.flux.pipeline_flux import retrieve_timesteps
 from diffusers_dssolver import DSSolverScheduler, SolverSpec, published_solvers
 from diffusers_dssolver.paths import FlowPath, VPPath, make_betas
 from diffusers_dssolver.published import published_config
-from diffusers_dssolver.step import rollout
-from tests.problems import quantity
+from tests.problems import quantity, rollout
 
 VP_TYPES = ("epsilon", "v_prediction", "sample")
 ALL_TYPES = (*VP_TYPES, "flow_prediction")
@@ -125,7 +124,7 @@ def test_a_fresh_object_has_what_pipelines_read(prediction_type):
     assert scheduler.config.num_train_timesteps == 500
     assert scheduler.begin_index is None
     assert scheduler.step_index is None
-    assert scheduler.config.use_flow_sigmas is (prediction_type == "flow_prediction")
+    assert scheduler.config["use_flow_sigmas"] is (prediction_type == "flow_prediction")
     assert len(scheduler.timesteps) == 500
     assert len(scheduler.sigmas) == 501
     x = noise(dtype=torch.float16)
@@ -141,7 +140,7 @@ def test_a_fresh_object_has_what_pipelines_read(prediction_type):
 def test_every_step_count_is_honoured(prediction_type, source):
     solvers = "classical" if source == "classical" else make_solvers(5, 9)
     scheduler = make_any(prediction_type, solvers=solvers)
-    for n in [*range(1, 31), 1000]:
+    for n in [*range(1, 16), 1000]:
         scheduler.set_timesteps(n)
         assert len(scheduler.timesteps) == n == scheduler.num_inference_steps
         assert len(scheduler.sigmas) == n + 1
@@ -186,7 +185,7 @@ def test_sigmas_tell_the_noise_level():
 
 
 @pytest.mark.parametrize("prediction_type", VP_TYPES)
-@pytest.mark.parametrize("nfe", [1, 2, 5, 10, 20])
+@pytest.mark.parametrize("nfe", [1, 2, 20])
 @pytest.mark.parametrize(
     "betas", [{}, SD_CONFIG, {"beta_schedule": "squaredcos_cap_v2"}], ids=["linear", "scaled", "cosine"]
 )
@@ -323,7 +322,7 @@ def test_add_noise_keeps_the_samples_dtype_and_computes_in_float32():
 
 @pytest.mark.parametrize("prediction_type", ALL_TYPES)
 @pytest.mark.parametrize("fed", [False, True])
-@pytest.mark.parametrize("nfe", [1, 2, 7, 12])
+@pytest.mark.parametrize("nfe", [1, 7])
 def test_a_run_is_the_rollout_of_the_search(prediction_type, fed, nfe):
     table = make_table(nfe, fed=fed)
     scheduler = make_any(prediction_type, solvers={str(nfe): table})
@@ -406,7 +405,7 @@ def test_a_start_in_the_middle_needs_no_announcement(prediction_type, index):
     assert all(torch.equal(r, results[0]) for r in results)
 
     # the same by hand: row i of the table, its weights for what is missing given to the oldest that is there
-    path = FlowPath() if prediction_type == "flow_prediction" else scheduler._path
+    path = FlowPath() if prediction_type == "flow_prediction" else scheduler.path
     table = make_table(8)
     nodes = torch.tensor(table["nodes"], dtype=torch.float64)
     alphas, sigmas = path.alpha_sigma(nodes)
@@ -577,15 +576,15 @@ def test_history_holds_only_what_later_rows_need():
         scheduler.set_timesteps(50)
         for t in scheduler.timesteps:
             x = scheduler.step(network(x, t), t, x).prev_sample
-            most = max(most, len(scheduler._history))
+            most = max(most, len(scheduler.model_outputs))
         assert 2 <= most <= 3
     full, x = make_flow(solvers=make_solvers(9)), noise()
     full.set_timesteps(9)
     for i, t in enumerate(full.timesteps):
         x = full.step(network(x, t), t, x).prev_sample
-        assert len(full._history) == i + 1
+        assert len(full.model_outputs) == i + 1
     full.set_timesteps(9)
-    assert not full._history
+    assert not full.model_outputs
 
 
 def test_a_row_that_reaches_far_back_after_short_ones_finds_its_history():
@@ -629,7 +628,7 @@ def test_the_models_dtype_outside_float32_inside(dtype, prediction_type):
         assert got.prev_sample.dtype == got.pred_original_sample.dtype == dtype
         assert torch.equal(got.prev_sample, wanted.prev_sample.to(dtype))  # rounded once, at the end
         assert torch.equal(got.pred_original_sample, wanted.pred_original_sample.to(dtype))
-        assert all(d.dtype == inside for d in scheduler._history)
+        assert all(d.dtype == inside for d in scheduler.model_outputs)
         x = got.prev_sample
 
 
@@ -780,7 +779,7 @@ def test_contradictions_and_bad_grids_are_refused():
         scheduler.set_timesteps(8, sigmas=np.linspace(1, 1 / 4, 4))
     with pytest.raises(ValueError, match="num_inference_steps is 3"):
         scheduler.set_timesteps(3, timesteps=[900, 500])
-    for bad in ([0.5, 0.7], [1.0, 0.5, 0.0], [1.0, math.nan], [], [0.5, 0.5], [1.5, 0.5]):
+    for bad in ([0.5, 0.7], [0.0], [1.0, 0.5, 0.0, 0.0], [1.0, math.nan], [], [0.5, 0.5], [1.5, 0.5]):
         with pytest.raises(ValueError, match=r"nodes|sigmas"):
             scheduler.set_timesteps(sigmas=bad)
     for bad in ([500, 700], [], [math.nan], [900, 900]):
@@ -789,11 +788,10 @@ def test_contradictions_and_bad_grids_are_refused():
     assert scheduler.timesteps is before  # a refused call leaves everything as it was
 
 
-@pytest.mark.parametrize("kwargs", [{"sigmas": [1.0, 0.5]}, {"mu": 0.5}, {"num_inference_steps": 2, "mu": 0.0}])
+@pytest.mark.parametrize("kwargs", [{"mu": 0.5}, {"num_inference_steps": 2, "mu": 0.0}])
 @pytest.mark.parametrize("prediction_type", VP_TYPES)
-def test_flow_arguments_on_a_vp_solver_are_refused(kwargs, prediction_type):
-    name = "sigmas" if "sigmas" in kwargs else "mu"
-    with pytest.raises(ValueError, match=f"{name} given to a vp solver .*flow"):
+def test_a_flow_shift_on_a_vp_solver_is_refused(kwargs, prediction_type):
+    with pytest.raises(ValueError, match=r"mu given to a vp solver .*flow"):
         make_any(prediction_type).set_timesteps(**kwargs)
 
 
@@ -808,7 +806,7 @@ def test_from_a_vp_schedulers_config(cls, prediction_type):
     theirs = cls(prediction_type=prediction_type, **SD_CONFIG)
     ours = DSSolverScheduler.from_config(theirs.config, solvers="classical")
     assert ours.config.prediction_type == prediction_type
-    assert not ours.config.use_flow_sigmas
+    assert not ours.config["use_flow_sigmas"]
     assert {k: ours.config[k] for k in SD_CONFIG} == SD_CONFIG
     ours.set_timesteps(10)
     wanted = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
@@ -817,7 +815,7 @@ def test_from_a_vp_schedulers_config(cls, prediction_type):
     with pytest.raises(ValueError, match=r"beta_schedule.*dssolver_search"):
         DSSolverScheduler.from_config(theirs.config)
     default = DSSolverScheduler.from_config(cls().config)
-    assert default._solvers
+    assert default.solvers
     assert default.config.continuous_time
     assert default.config.solvers == published_config("dit-xl-2-256")["solvers"]
 
@@ -834,13 +832,13 @@ def test_defaults_of_another_class_are_values_of_the_model():
 def test_from_a_flow_schedulers_config(cls):
     ours = DSSolverScheduler.from_config(cls(shift=3.0).config, solvers="classical")
     assert ours.config.prediction_type == "flow_prediction"
-    assert ours.config.use_flow_sigmas
+    assert ours.config["use_flow_sigmas"]
     assert ours.config.shift == 3.0
     plain = DSSolverScheduler.from_config(cls().config)
-    assert plain._solvers
+    assert plain.solvers
     assert plain.config.prediction_type == "flow_prediction"
     shifted = DSSolverScheduler.from_config(cls(shift=3.0).config)  # searched at shift 1
-    assert shifted._solvers == plain._solvers
+    assert shifted.solvers == plain.solvers
     for scheduler in (plain, shifted):
         scheduler.set_timesteps(8)
     s = plain.sigmas
@@ -989,7 +987,7 @@ def test_save_and_load_are_bit_exact(config, tmp_path):
     assert plain(stored)
     assert stored["_class_name"] == "DSSolverScheduler"
     back = DSSolverScheduler.from_pretrained(tmp_path)
-    assert back._solvers == ours._solvers  # specs of the same floats
+    assert back.solvers == ours.solvers  # specs of the same floats
     for key in ("num_train_timesteps", "prediction_type", "shift", "invert_sigmas", "strict", "provenance"):
         assert back.config[key] == ours.config[key]
     n = 4 if "trained_betas" in config else 8
@@ -1136,7 +1134,7 @@ def test_a_hostile_file_is_a_value_error_that_names_the_fault(name, tmp_path):
 
 def test_the_good_file_beside_the_hostile_ones_loads(tmp_path):
     (tmp_path / "scheduler_config.json").write_text(json.dumps(good_config()))
-    assert DSSolverScheduler.from_pretrained(tmp_path)._solvers.keys() == {3}
+    assert DSSolverScheduler.from_pretrained(tmp_path).solvers.keys() == {3}
 
 
 def test_keys_that_name_code_stay_data(tmp_path):
@@ -1145,7 +1143,7 @@ def test_keys_that_name_code_stay_data(tmp_path):
     (tmp_path / "scheduler_config.json").write_text(json.dumps(good_config(**code)))
     scheduler = DSSolverScheduler.from_pretrained(tmp_path)
     assert type(scheduler) is DSSolverScheduler
-    assert scheduler._solvers.keys() == {3}
+    assert scheduler.solvers.keys() == {3}
     assert "evil" not in sys.modules
     for key, value in (("_class_name", "os.system"), ("__reduce__", "x"), ("__class__", "x"), ("items", "x")):
         (tmp_path / "scheduler_config.json").write_text(json.dumps(good_config(**{key: value})))

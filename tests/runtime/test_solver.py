@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 from diffusers_dssolver import SolverSpec
 from diffusers_dssolver.paths import VPPath
 from diffusers_dssolver.solver import MAX_NFE, adams_bashforth_rows, dpm_solver_pp_rows, fold
-from diffusers_dssolver.step import rollout
-from tests.problems import DoubleTorch, nonlinear_model, quantity, specs
+from tests.problems import DoubleTorch, nonlinear_model, quantity, rollout, specs
 
 BETAS = (0.1, 0.2)  # VPPath is used here for its formulas, which need no schedule
 
@@ -108,15 +107,14 @@ def assert_same_trajectory(ours, theirs, tolerance):
 
 
 @pytest.mark.parametrize("final", ["zero", "sigma_min"])
-@pytest.mark.parametrize("schedule", ["linear", "scaled_linear"])
-@pytest.mark.parametrize("nfe", [1, 2, 3, 5, 8, 14, 15, 20])
+@pytest.mark.parametrize("nfe", [1, 2, 3, 14, 15])
 @pytest.mark.parametrize("order", [1, 2, 3])
-def test_dpm_solver_pp_trajectories_equal_those_of_diffusers(order, nfe, schedule, final, monkeypatch):
+def test_dpm_solver_pp_trajectories_equal_those_of_diffusers(order, nfe, final, monkeypatch):
     """Its sigmas are float32 and taken as given. With float32 inside its steps too the two would agree to 1e-6 only; in
     float64 they agree to rounding, amplified by the cancelling weights of a long last step (sigma_min, order 3)."""
     monkeypatch.setattr(scheduling_dpmsolver_multistep, "torch", DoubleTorch())
     scheduler = DPMSolverMultistepScheduler(
-        beta_schedule=schedule, solver_order=order, final_sigmas_type=final, timestep_spacing="trailing"
+        beta_schedule="scaled_linear", solver_order=order, final_sigmas_type=final, timestep_spacing="trailing"
     )
     scheduler.set_timesteps(nfe)
     scheduler.sigmas = scheduler.sigmas.double()
@@ -382,7 +380,7 @@ def test_truncated_json_is_refused(length):
     [
         ("[" * 100_000, "JSON"),
         ('{"nodes":' * 100_000, "JSON"),
-        ('{"nodes": ' + "[" * 900 + "]" * 900 + ', "coefficients": []}', r"nodes\[0\] is"),
+        ('{"nodes": ' + "[" * 900 + "]" * 900 + ', "coefficients": []}', "nodes has 1 entries"),
         ('{"nodes": [1' + "0" * 5000 + ', 0], "coefficients": [[1]]}', "digit"),
         ('{"nodes": [1' + "0" * 400 + ', 0], "coefficients": [[1]]}', r"nodes\[0\] .*finite"),
         ('{"nodes": [NaN, 0], "coefficients": [[1]]}', r"nodes\[0\] is nan"),

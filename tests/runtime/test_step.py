@@ -10,8 +10,8 @@ from hypothesis import given
 
 from diffusers_dssolver.paths import FlowPath, VPPath, make_betas
 from diffusers_dssolver.solver import adams_bashforth_rows, dpm_solver_pp_rows
-from diffusers_dssolver.step import rollout, step
-from tests.problems import GaussianProblem, convergence_order, integrate, specs
+from diffusers_dssolver.step import step
+from tests.problems import GaussianProblem, convergence_order, integrate, rollout, specs
 
 VP = VPPath(make_betas(1000, 1e-4, 0.02, "linear", None, False))
 FLOW = FlowPath()

@@ -1,7 +1,13 @@
-"""The comparison against loops written out here: what it measures, counts, chooses, draws and refuses."""
+"""The comparison against loops written out here: what it measures, counts, chooses, draws and refuses.
+
+Everything runs in float64: equal numbers differ by rounding alone, some 1e-15 a step, and are compared to 1e-9.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 import json
 import math
 from dataclasses import replace
@@ -16,14 +22,16 @@ from PIL import Image
 from diffusers_dssolver import DSSolverScheduler
 from diffusers_dssolver.derive import classical, uniform_nodes
 from dssolver_search.cli import main
+from dssolver_search.measure import compare as compare_module
 from dssolver_search.measure.baselines import ALIGNED, FLOW, VP, aligned_times, runs
 from dssolver_search.measure.compare import Comparison, compare
+from dssolver_search.measure.lineup import Lineup
 from dssolver_search.measure.pictures import as_uint8
 from dssolver_search.measure.results import Result, details, interval, results_of_record, table
 from dssolver_search.pipeline.loading import load_pipeline
 from dssolver_search.settings import CompareConfig
-from tests.families import both, make_path, make_pipe, make_sampler
-from tests.searches import refused
+from tests.families import both, make_path, make_sampler, make_scheduler
+from tests.searches import arguments, refused
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array:DeprecationWarning"),  # diffusers with numpy 2
@@ -33,69 +41,87 @@ FAMILIES = ("flow", "vp")
 SAMPLES, NFE, STEPS = 4, 3, 20
 
 
+def make_solver(family, folder, order=3, **options):
+    """A folder with a solver."""
+    path = make_path(family)
+    solvers = {str(NFE): classical(uniform_nodes(NFE, path), path, order).to_dict()}
+    config = make_scheduler(family).config
+    DSSolverScheduler.from_config(config, solvers=solvers, **options).save_pretrained(folder)
+    return solvers
+
+
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """By family: a folder with a saved pipeline, and one with a solver for it."""
+def ours(tmp_path_factory):
+    """Folder of a solver, by family."""
     root = tmp_path_factory.mktemp("compare")
-    for family in FAMILIES:
-        pipe = make_pipe(family)
-        pipe.save_pretrained(root / family)
-        path = make_path(family)
-        spec = classical(uniform_nodes(NFE, path), path)
-        config = {k: v for k, v in pipe.scheduler.config.items() if k != "solvers"}
-        DSSolverScheduler.from_config(config, solvers={str(NFE): spec.to_dict()}).save_pretrained(
-            root / f"ours-{family}"
-        )
-    return root
+    for name in FAMILIES:
+        make_solver(name, root / f"ours-{name}")
+    return {name: root / f"ours-{name}" for name in FAMILIES}
 
 
-def settings(folders, family, **changes):
-    values = {
-        "pretrained_model_name_or_path": str(folders / family),
-        "output_dir": str(folders / f"out-{family}"),
-        "nfe": [NFE],
-        "guidance_scale": 1.5,
-        "solver": [str(folders / f"ours-{family}")],
-        "num_samples": SAMPLES,
-        "reference_steps": STEPS,
-        "batch_size": 3,  # one batch is not full
-        "num_pictures": 2,
-    }
-    return CompareConfig(**{**values, **changes})
+@pytest.fixture(scope="module")
+def settings(models, ours):
+    """Settings of a comparison; of its batches one is not full."""
 
+    def given(family="flow", output="none", **changes):
+        return {
+            "pretrained_model_name_or_path": str(models[family]), "output_dir": str(output), "nfe": [NFE],
+            "guidance_scale": 1.5, "dtype": "float64", "solver": [str(ours[family])], "num_samples": SAMPLES,
+            "reference_steps": STEPS, "batch_size": 3, "num_pictures": 2, **changes,
+        }  # fmt: skip
 
-def words(config):
-    given = ["compare"]
-    for key in ("pretrained_model_name_or_path", "output_dir", "nfe", "guidance_scale", "solver", "num_samples",
-                "reference_steps", "batch_size", "num_pictures"):  # fmt: skip
-        value = getattr(config, key)
-        given += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
     return given
 
 
 @pytest.fixture(scope="module")
-def outputs(folders):
-    """By family: the folder that the command wrote."""
+def comparison_of(settings, tmp_path_factory):
+    """A comparison with these settings, in a folder of its own unless one is given."""
+
+    def made(family="flow", output=None, **changes):
+        return Comparison(CompareConfig(**settings(family, output or tmp_path_factory.mktemp("runs"), **changes)))
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def outputs(settings, tmp_path_factory):
+    """By family: the folder that the command wrote, and what it printed."""
+    found = {}
     for family in FAMILIES:
-        main(words(settings(folders, family)))
-    return {family: folders / f"out-{family}" for family in FAMILIES}
+        folder = tmp_path_factory.mktemp("outputs") / family
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            main(["compare", *arguments(settings(family, folder))])
+        found[family] = folder, printed.getvalue()
+    return found
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Pictures of whole comparisons cost more than these comparisons."""
+    for name in ("comparison_picture", "error_curves"):
+        monkeypatch.setattr(compare_module, name, lambda *args: None)
 
 
 def results_of(folder):
     return {r["scheduler"]: r for r in json.loads((folder / "comparison.json").read_text())["results"]}
 
 
+@pytest.fixture(scope="module")
+def pipes(models):
+    """The plain pipelines, in float64."""
+    return {family: load_pipeline(str(folder), "float64") for family, folder in models.items()}
+
+
 @torch.no_grad()
-def by_hand(folders, family, steps):
+def by_hand(pipe, family, steps):
     """Euler or DDIM on uniform nodes from the comparison's own noise and classes: final states."""
-    pipe = load_pipeline(str(folders / family))
     sampler = make_sampler(pipe)
-    noise = torch.cat([torch.randn(1, 1, 4, 4, generator=g) for g in sampler.generators(range(SAMPLES), "test")])
+    generators = sampler.generators(range(SAMPLES), "test")
+    x = torch.cat([torch.randn(1, 1, 4, 4, generator=g, dtype=torch.float64) for g in generators])
     labels = torch.tensor([i % 3 for i in range(SAMPLES)])
     path = make_path(family)
     nodes = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     alpha, sigma = (f.tolist() for f in path.alpha_sigma(nodes))
-    x = noise
     for i, t in enumerate(path.timestep(nodes[:-1]).float()):
         both_labels = torch.cat([labels, torch.full_like(labels, 3)])
         output = pipe.transformer(torch.cat([x, x]), timestep=t.repeat(2 * SAMPLES), class_labels=both_labels).sample
@@ -109,18 +135,28 @@ def by_hand(folders, family, steps):
     return x
 
 
-@torch.no_grad()
-def converged(folders, family):
-    """The comparison's reference, by the plain pipeline in one batch."""
-    pipe = load_pipeline(str(folders / family))
-    pipe.scheduler = DSSolverScheduler.from_config(pipe.scheduler.config, solvers="classical")
-    return make_sampler(pipe)(range(SAMPLES), "test", STEPS, output_type="latent")[0]
+@pytest.fixture(scope="module")
+def converged(pipes):
+    """The comparison's converged states, by the plain pipeline in one batch."""
+
+    @functools.cache
+    def made(family):
+        itself = DSSolverScheduler.from_config(make_scheduler(family).config, solvers="classical")
+        sampler = make_sampler(pipes[family])
+        with torch.no_grad(), sampler.using(itself):
+            return sampler(range(SAMPLES), "test", STEPS, output_type="latent")[0]
+
+    return made
+
+
+def mse(a, b):
+    return (a.double() - b.double()).square().mean().item()
 
 
 @both
-def test_every_scheduler_is_measured_with_the_calls_asked_for(family, folders, outputs):
-    record = json.loads((outputs[family] / "comparison.json").read_text())
-    found = results_of(outputs[family])
+def test_every_scheduler_is_measured_with_the_calls_asked_for(family, outputs):
+    folder, text = outputs[family]
+    record, found = json.loads((folder / "comparison.json").read_text()), results_of(folder)
     assert list(found) == [f"ours-{family}", "unipc", "dpmpp_2m", "dpmpp_3m", "deis", "heun", "euler"]
     assert len(record["results"]) == len(found)
     for name, result in found.items():
@@ -128,6 +164,8 @@ def test_every_scheduler_is_measured_with_the_calls_asked_for(family, folders, o
         assert result["nfe"] == NFE and result["calls"] == (2 * 2 - 1 if name == "heun" else NFE)
         assert result["searched"] == (name == f"ours-{family}")
         assert "pictures" not in result
+        [line] = [row for row in text.splitlines() if row.startswith(name + " ") and "/ best" not in row]
+        assert f"({result['spacing']}" in line and f"{result['mse']:.3g}" in line
     assert found[f"ours-{family}"]["spacing"] == "searched"
     assert sum(math.isfinite(r["mse"]) for r in found.values()) >= 5
     assert record["reference"]["steps"] == STEPS and 0 < record["reference"]["mse_against_half_the_steps"] < 0.1
@@ -135,113 +173,98 @@ def test_every_scheduler_is_measured_with_the_calls_asked_for(family, folders, o
 
 
 @both
-def test_mse_equals_one_worked_out_by_hand(family, folders):
-    """First order on uniform nodes, as diffusers has it and as a table of ours; both in batches of 3 and 1."""
+def test_mse_equals_one_worked_out_by_hand(family, comparison_of, pipes, converged):
+    """First order on uniform nodes, as diffusers has it and as a table of ours; both in batches of 3 and 1. Diffusers
+    keeps its levels and times in float32, which moves states by some 1e-7."""
     steps = 4  # of which diffusers' whole timesteps are the uniform ones exactly
-    comparison = Comparison(settings(folders, family))
-    wanted = converged(folders, family)
-    expected = (by_hand(folders, family, steps) - wanted).square().mean().item()
+    comparison, wanted = comparison_of(family), converged(family)
+    expected = mse(by_hand(pipes[family], family, steps), wanted)
     path = make_path(family)
     spec = classical(uniform_nodes(steps, path), path, 1)
-    model = comparison.model_config
+    model = comparison.lineup.model_config
     ours = DSSolverScheduler.from_config(model, solvers={str(steps): spec.to_dict()})
     if family == "flow":
         stock = FlowMatchEulerDiscreteScheduler()
     else:
         stock = DDIMScheduler.from_config(model, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True)
-    reference = comparison.reference()[0]
-    torch.testing.assert_close(reference, wanted, rtol=1e-4, atol=1e-4)
+    found = comparison.converged()[0]
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
     for scheduler in (ours, stock):
         made = comparison.sample(scheduler, steps)
-        assert (made.final - reference).square().mean().item() == pytest.approx(expected, rel=1e-3)
-        assert made.evaluations == 2 * steps and made.images.shape == (SAMPLES, 4, 4, 1)
-
-
-def test_reported_mse_of_euler_is_the_one_by_hand(folders, outputs):
-    candidates = {"uniform": (by_hand(folders, "flow", NFE) - converged(folders, "flow")).square().mean().item()}
-    euler = results_of(outputs["flow"])["euler"]
-    if euler["spacing"] == "uniform":
-        assert euler["mse"] == pytest.approx(candidates["uniform"], rel=1e-3)
-    else:
-        assert euler["mse"] < candidates["uniform"]
+        assert mse(made.final, found) == pytest.approx(expected, rel=1e-5)
+        assert made.calls == steps and made.images.shape == (SAMPLES, 4, 4, 1)
 
 
 @both
-def test_best_spacing_is_the_best_of_all(family, folders, outputs):
-    comparison = Comparison(settings(folders, family))
-    wanted = comparison.reference()[0]
-    tried = {}
-    for run in comparison.candidates(NFE):
-        mse = (comparison.sample(run.scheduler, run.steps).final - wanted).square().mean().item()
-        tried.setdefault(run.name, {})[run.spacing] = mse if math.isfinite(mse) else math.inf
-    stock = FLOW if family == "flow" else VP
-    for name, result in results_of(outputs[family]).items():
+def test_best_spacing_is_the_best_of_all_and_schedulers_stay_as_they_were(family, comparison_of, outputs, converged):
+    comparison, tried = comparison_of(family), {}
+    own = comparison.lineup.sampler.pipe.scheduler
+    for run in comparison.lineup.runs(NFE):
+        before = run.scheduler.step
+        final = comparison.sample(run.scheduler, run.steps).final
+        assert final.shape == (SAMPLES, 1, 4, 4), run.name
+        assert "step" not in vars(run.scheduler) and run.scheduler.step == before
+        error = mse(final, converged(family))
+        tried.setdefault(run.name, {})[run.spacing] = error if math.isfinite(error) else math.inf
+    assert comparison.lineup.sampler.pipe.scheduler is own
+    stock, span = FLOW if family == "flow" else VP, float(converged(family).max() - converged(family).min())
+    for name, result in results_of(outputs[family][0]).items():
         if name in stock:
             assert list(tried[name]) == list(stock[name].spacings)
-        assert result["mse"] == pytest.approx(min(tried[name].values()), rel=1e-4)
-        assert result["spacing"] == min(tried[name], key=tried[name].get)
+        least = min(tried[name].values())
+        assert result["mse"] == pytest.approx(least, rel=1e-6) and tried[name][result["spacing"]] <= least * (1 + 1e-6)
+        if math.isfinite(result["mse"]):
+            assert result["psnr"] == pytest.approx(10 * math.log10(span**2 / result["mse"]), rel=1e-6)
     assert sum(len(set(spacings.values())) > 1 for spacings in tried.values()) >= 4
 
 
-@both
-def test_final_state_is_recorded_and_the_scheduler_left_as_it_was(family, folders):
-    comparison = Comparison(settings(folders, family))
-    own = comparison.sampler.pipe.scheduler
-    for run in comparison.candidates(NFE):
-        before = run.scheduler.step
-        assert comparison.sample(run.scheduler, run.steps).final.shape == (SAMPLES, 1, 4, 4), run.name
-        assert "step" not in vars(run.scheduler) and run.scheduler.step == before
-    assert comparison.sampler.pipe.scheduler is own
+def test_a_scheduler_that_breaks_is_left_as_it_was(comparison_of):
+    comparison = comparison_of()
+    [scheduler], pipe = comparison.lineup.searched.values(), comparison.lineup.sampler.pipe
+    own = pipe.scheduler
 
     def breaks(*args, **kwargs):
         raise RuntimeError("out of memory")
 
-    scheduler = next(iter(comparison.ours.values()))
-    comparison.sampler.pipe.transformer.forward = breaks
+    pipe.transformer.forward = breaks
     with pytest.raises(RuntimeError, match="out of memory"):
         comparison.sample(scheduler, NFE)
-    assert "step" not in vars(scheduler) and comparison.sampler.pipe.scheduler is own
+    assert "step" not in vars(scheduler) and pipe.scheduler is own
 
 
-def test_test_samples_are_none_of_the_search(folders):
-    comparison = Comparison(settings(folders, "flow"))
-    seen, draw = [], comparison.sampler.generators
-    comparison.sampler.generators = lambda indices, split: seen.append((list(indices), split)) or draw(indices, split)
-    comparison.sample(classical_scheduler(comparison), NFE)
-    assert seen == [([0, 1, 2], "test"), ([3], "test")]
+def test_test_samples_are_none_of_the_search(comparison_of):
+    comparison = comparison_of()
+    [scheduler], sampler = comparison.lineup.searched.values(), comparison.lineup.sampler
+    seen, draw = [], sampler.generators
+    sampler.generators = lambda indices, split: seen.append((list(indices), split)) or draw(indices, split)
+    comparison.sample(scheduler, NFE)
+    assert seen == [([0, 1, 2], "test"), ([0, 1, 2], "test"), ([3], "test")]  # the first one counts and warms up
 
 
-def classical_scheduler(comparison):
-    return DSSolverScheduler.from_config(comparison.model_config, solvers="classical")
-
-
-@both
-def test_unguided_calls_are_counted_alike(family, folders):
-    comparison = Comparison(settings(folders, family, guidance_scale=1.0, schedulers=["euler", "heun"]))
+def test_unguided_calls_are_counted_alike(comparison_of):
+    comparison = comparison_of(guidance_scale=1.0, schedulers=["euler", "heun"])
     found = {r.scheduler: r.calls for r in comparison.run()[0]}
-    assert found == {f"ours-{family}": NFE, "euler": NFE, "heun": 2 * 2 - 1}
+    assert found == {"ours-flow": NFE, "euler": NFE, "heun": 2 * 2 - 1}
 
 
-def test_step_count_without_a_table_is_called_derived(folders):
-    comparison = Comparison(settings(folders, "flow", nfe=[NFE, 4], schedulers=[]))
-    results, _, _ = comparison.run()
+def test_step_count_without_a_table_is_called_derived(comparison_of):
+    results, _, _ = comparison_of(nfe=[NFE, 4], schedulers=[]).run()
     assert [(r.nfe, r.spacing, r.calls, r.searched) for r in results] == [
         (3, "searched", 3, True),
         (4, "derived", 4, True),
     ]
 
 
-def test_infinite_results_are_kept_as_such(folders, tmp_path, monkeypatch):
-    config = settings(folders, "flow", schedulers=["euler"], output_dir=str(tmp_path))
-    sample = Comparison.sample
+def test_infinite_results_are_kept_as_such(settings, tmp_path, monkeypatch, undrawn):
+    sample = Lineup.sample
 
-    def spoilt(self, scheduler, steps, *rest, **call):
-        made = sample(self, scheduler, steps, *rest, **call)
+    def spoilt(self, scheduler, *args, **call):
+        made = sample(self, scheduler, *args, **call)
         broken = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
         return replace(made, final=made.final * float("nan")) if broken else made
 
-    monkeypatch.setattr(Comparison, "sample", spoilt)
-    compare(config)
+    monkeypatch.setattr(Lineup, "sample", spoilt)
+    compare(CompareConfig(**settings(output=tmp_path, schedulers=["euler"])))
     record = json.loads((tmp_path / "comparison.json").read_text(), parse_constant=pytest.fail)  # no NaN, no Infinity
     assert {r["scheduler"]: r["mse"] is None for r in record["results"]} == {"ours-flow": False, "euler": True}
     found = {r.scheduler: r for r in results_of_record(record)}
@@ -249,40 +272,30 @@ def test_infinite_results_are_kept_as_such(folders, tmp_path, monkeypatch):
     assert math.isfinite(found["ours-flow"].mse)
 
 
-@both
-def test_psnr_is_that_of_the_mse(family, folders, outputs):
-    wanted = converged(folders, family)
-    span = (wanted.max() - wanted.min()).item()
-    for result in results_of(outputs[family]).values():
-        if math.isfinite(result["mse"]):
-            assert result["psnr"] == pytest.approx(10 * math.log10(span**2 / result["mse"]), abs=1e-2)
-
-
-@both
-def test_pictures_are_images(family, outputs):
+def test_pictures_are_images(outputs):
+    folder, _ = outputs["flow"]
     for name, least in (("comparison.png", (600, 800)), ("error.png", (700, 400))):
-        with Image.open(outputs[family] / name) as image:
+        with Image.open(folder / name) as image:
             pixels = np.asarray(image.convert("RGB"))
         height, width = pixels.shape[:2]
         assert least[0] <= width <= 4000 and least[1] <= height <= 8000
         assert (pixels == 255).all(-1).mean() < 0.99  # something is drawn
         assert (pixels[:3] == 255).all()  # on white
-    names = {p.name for p in outputs[family].iterdir()}
+    names = {p.name for p in folder.iterdir()}
     assert names == {"comparison.json", "comparison.png", "error.png", "pictures", "cache"}
-    for result in results_of(outputs[family]).values():
-        with Image.open(outputs[family] / result["picture"]) as image:
+    for result in results_of(folder).values():
+        with Image.open(folder / result["picture"]) as image:
             assert image.size == (2 * 4, 4)
 
 
-def test_table_names_spacing_calls_and_the_best(folders):
-    config = settings(folders, "flow", nfe=[3, 4])
+def test_table_names_spacing_calls_and_the_best(settings):
     rows = [
         ("ours", 3, "searched", 3, 0.01, True), ("ours", 4, "derived", 4, 0.03, True),
         ("euler", 3, "karras", 3, 0.04, False), ("euler", 4, "uniform", 4, 0.02, False),
         ("heun", 3, "uniform", 3, 0.05, False), ("heun", 4, "uniform", 3, 0.06, False),
     ]  # fmt: skip
     results = [Result(n, nfe, s, calls, mse, 1.0, 0.1, searched) for n, nfe, s, calls, mse, searched in rows]
-    lines = table(results, config, 2e-5).splitlines()
+    lines = table(results, CompareConfig(**settings(nfe=[3, 4])), 2e-5).splitlines()
     cells = {line.split("  ")[0].strip(): line for line in lines if line}
     assert "0.04 (karras)*" in cells["euler"] and "0.02 (uniform)*" in cells["euler"]
     assert "0.05 (uniform) " in cells["heun"] and "0.06 (uniform, 3 calls)" in cells["heun"]
@@ -291,32 +304,21 @@ def test_table_names_spacing_calls_and_the_best(folders):
     assert "2e-05" in lines[-1] and f"{STEPS} steps, {SAMPLES} test samples" in lines[1]
 
 
-@both
-def test_command_prints_the_table(family, folders, tmp_path, capsys):
-    config = settings(folders, family, output_dir=str(tmp_path / "out"))
-    main(words(config))
-    text = capsys.readouterr().out
-    for name, result in results_of(tmp_path / "out").items():
-        [line] = [row for row in text.splitlines() if row.startswith(name + " ") and "/ best" not in row]
-        assert f"({result['spacing']}" in line and f"{result['mse']:.3g}" in line
-
-
 # --- images, intervals, other schedulers ------------------------------------------------------------------------------
 
 
-@both
-def test_images_and_intervals_by_hand(family, folders, outputs):
+def test_images_and_intervals_by_hand(pipes, ours, outputs):
     """Of the 8-bit images that the plain pipeline returns, in [0, 1]; a mean of errors lies in its interval."""
-    pipe = load_pipeline(str(folders / family))
-    images = []
-    for solvers, steps in (("classical", STEPS), (str(folders / f"ours-{family}"), NFE)):
-        pipe.scheduler = DSSolverScheduler.from_config(pipe.scheduler.config, solvers=solvers)
-        made = make_sampler(pipe)(range(SAMPLES), "test", steps)[0]
+    pipe, images = pipes["flow"], []
+    sampler = make_sampler(pipe)
+    for solvers, steps in (("classical", STEPS), (str(ours["flow"]), NFE)):
+        with sampler.using(DSSolverScheduler.from_config(pipe.scheduler.config, solvers=solvers)):
+            made = sampler(range(SAMPLES), "test", steps)[0]
         images.append(np.stack([np.asarray(image, dtype=np.float64) / 255 for image in made]))
     expected = ((images[0] - images[1]) ** 2).mean()
-    result = results_of(outputs[family])[f"ours-{family}"]
-    assert result["image_mse"] == pytest.approx(expected, rel=0.02)  # a rounding of an image may fall the other way
-    assert result["image_psnr"] == pytest.approx(-10 * math.log10(expected), abs=0.1)
+    result = results_of(outputs["flow"][0])["ours-flow"]
+    assert result["image_mse"] == pytest.approx(expected, rel=1e-12)
+    assert result["image_psnr"] == pytest.approx(-10 * math.log10(expected), rel=1e-12)
     low, high = result["mse_interval"]
     assert low < result["mse"] < high
 
@@ -336,19 +338,20 @@ def test_as_uint8():
     assert as_uint8([grey, grey]).shape == (2, 2, 2, 1)  # frames
 
 
-def test_feature_distance(folders, tmp_path):
-    """In the images themselves scaled to unit length: 2 - 2 cosine of the two pictures."""
-    config = settings(folders, "flow", schedulers=[], output_dir=str(tmp_path), feature_network="torch.nn:Flatten")
-    comparison = Comparison(config)
+def test_feature_distance(comparison_of):
+    """In the images themselves scaled to unit length: 2 - 2 cosine of the two pictures. Features are in float32, so
+    their difference, of length above 0.01, is wrong by some 1e-7 and its square by some 2e-5 of itself."""
+    comparison = comparison_of(schedulers=[], feature_network="torch.nn:Flatten")
     results, _, _ = comparison.run()
-    pairs = comparison.sample(next(iter(comparison.ours.values())), NFE).images, comparison.reference()[1]
+    [scheduler] = comparison.lineup.searched.values()
+    pairs = comparison.sample(scheduler, NFE).images, comparison.converged()[1]
     a, b = (images.double().flatten(1) for images in pairs)
     expected = (2 - 2 * torch.cosine_similarity(a, b)).mean().item()
-    assert results[0].feature_distance == pytest.approx(expected, rel=1e-3)
+    assert expected > 1e-4 and results[0].feature_distance == pytest.approx(expected, rel=1e-4)
     assert "features" in details(results)
 
 
-def test_align_your_steps_where_diffusers_ships_it(folders):
+def test_align_your_steps_where_diffusers_ships_it():
     config = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
     large, small = type("StableDiffusionXLPipeline", (), {})(), type("StableDiffusionPipeline", (), {})()
     assert aligned_times(large, config) == AysSchedules["StableDiffusionXLTimesteps"]
@@ -369,14 +372,14 @@ def test_variants_of_unipc_are_what_they_are_called():
     assert len(found) == 12
 
 
-def test_a_scheduler_that_cannot_run_is_left_out_with_its_reason(folders, tmp_path, capsys, monkeypatch):
+def test_a_scheduler_that_cannot_run_is_left_out_with_its_reason(settings, tmp_path, capsys, monkeypatch, undrawn):
     def refuse(self, *args, **kwargs):
         raise ValueError("not in this pipeline")
 
     monkeypatch.setattr(FlowMatchEulerDiscreteScheduler, "set_timesteps", refuse)
-    config = settings(folders, "flow", schedulers=["euler", "unipc"], output_dir=str(tmp_path))
-    compare(config)
-    assert list(results_of(tmp_path)) == ["ours-flow", "unipc"]
+    given = settings(output=tmp_path, schedulers=["euler", "deis"])
+    compare(CompareConfig(**given))
+    assert list(results_of(tmp_path)) == ["ours-flow", "deis"]
     assert "euler (uniform) cannot run at 3 calls and is left out: not in this pipeline" in capsys.readouterr().err
     begin = DSSolverScheduler.set_timesteps
 
@@ -385,81 +388,72 @@ def test_a_scheduler_that_cannot_run_is_left_out_with_its_reason(folders, tmp_pa
 
     monkeypatch.setattr(DSSolverScheduler, "set_timesteps", refuse_few)  # ours must run
     with pytest.raises(ValueError, match="not in this pipeline"):
-        Comparison(settings(folders, "flow", output_dir=str(tmp_path / "other"))).run()
+        Comparison(CompareConfig(**given | {"output_dir": str(tmp_path / "other"), "schedulers": []})).run()
 
 
-def test_the_solver_of_this_guidance_is_taken(folders, tmp_path, capsys):
-    path = make_path("flow")
-    low, high = ({str(NFE): classical(uniform_nodes(NFE, path), path, order).to_dict()} for order in (1, 2))
-    by_scale = {"1": low, "2": high}
-    DSSolverScheduler(prediction_type="flow_prediction", solvers=low, guidance_solvers=by_scale).save_pretrained(
-        tmp_path
-    )
+def test_the_solver_of_this_guidance_is_taken(comparison_of, tmp_path, capsys):
+    low, high = (make_solver("flow", tmp_path, order) for order in (1, 2))
+    make_solver("flow", tmp_path, 1, guidance_solvers={"1": low, "2": high})
     for guidance, expected in ((2.0, high), (1.0, low)):
-        comparison = Comparison(settings(folders, "flow", guidance_scale=guidance, solver=[str(tmp_path)]))
-        assert comparison.ours[tmp_path.name]._solvers[NFE].to_dict() == expected[str(NFE)]
-    provenance = {"call": {"guidance_scale": 4.0}}
-    DSSolverScheduler(prediction_type="flow_prediction", solvers=low, provenance=provenance).save_pretrained(tmp_path)
-    Comparison(settings(folders, "flow", solver=[str(tmp_path)]))
+        comparison = comparison_of(guidance_scale=guidance, solver=[str(tmp_path)])
+        assert comparison.lineup.searched[tmp_path.name].solvers[NFE].to_dict() == expected[str(NFE)]
+    make_solver("flow", tmp_path, provenance={"call": {"guidance_scale": 4.0}})
+    comparison_of(solver=[str(tmp_path)])
     assert "was searched at guidance scale 4.0, this run is at 1.5" in capsys.readouterr().err
 
 
 @both
-def test_a_reference_may_end_early(family, folders, tmp_path, capsys):
-    """Against a loop: many steps to the end, then the data that the network predicts there; kept apart from others."""
-    changes = {"reference_steps": 60, "schedulers": ["euler"], "output_dir": str(tmp_path)}
-    whole = Comparison(settings(folders, family, **changes)).reference()
-    config = settings(folders, family, **changes, reference_end=0.25)
-    comparison = Comparison(config)
-    final, _, uncertainty = comparison.reference()
-    assert uncertainty < 0.1 * (final - whole[0]).square().mean()
-    nodes = [*torch.linspace(1, 0.25, 600, dtype=torch.float64).tolist(), 0.0]
-    euler = classical(nodes, make_path(family), 1)
-    many = DSSolverScheduler.from_config(comparison.model_config, solvers={"600": euler.to_dict()})
-    assert (comparison.sample(many, 600).final - final).square().mean() < 2e-5 * final.var()
-    results = comparison.run()[0]
-    [ours] = [r for r in results if r.searched]
-    made = comparison.sample(comparison.ours[f"ours-{family}"], NFE).final
-    assert ours.mse == pytest.approx((made - final).square().mean().item(), rel=1e-5)
-    compare(config)
+def test_converged_runs_may_end_early(family, comparison_of, pipes):
+    """Many steps to the end, then the data that the network predicts there, in one step of first order."""
+    comparison = comparison_of(family, schedulers=[], reference_end=0.25)
+    final = comparison.converged()[0]
+    nodes = [*torch.linspace(1, 0.25, STEPS, dtype=torch.float64).tolist(), 0.0]
+    spec = classical(nodes, make_path(family)).to_dict()
+    spec["coefficients"][-1] = [0.0] * (STEPS - 1) + [1.0]
+    [ours], config = comparison.lineup.searched.values(), comparison.lineup.model_config
+    many = DSSolverScheduler.from_config(config, solvers={str(STEPS): spec})
+    torch.testing.assert_close(comparison.sample(many, STEPS).final, final, rtol=1e-9, atol=1e-9)
+    [result] = comparison.run()[0]
+    assert result.mse == pytest.approx(mse(comparison.sample(ours, NFE).final, final), rel=1e-9)
+
+
+def test_the_end_of_converged_runs_is_told(settings, tmp_path, capsys, undrawn):
+    compare(CompareConfig(**settings(output=tmp_path, schedulers=[], reference_end=0.25)))
     record = json.loads((tmp_path / "comparison.json").read_text())
     assert record["reference"]["end"] == record["settings"]["reference_end"] == 0.25
-    assert "final-state mse against 60 steps, the last from 0.25 to the data, 4 test samples" in capsys.readouterr().out
+    line = f"final-state mse against {STEPS} steps, the last from 0.25 to the data, {SAMPLES} test samples"
+    assert line in capsys.readouterr().out
 
 
-def test_a_solver_searched_towards_another_end_is_told(folders, tmp_path, capsys):
-    scheduler = DSSolverScheduler.from_pretrained(
-        folders / "ours-flow", provenance={"teacher": {"steps": 9, "end": 0.1}}
-    )
-    scheduler.save_pretrained(tmp_path)
-    Comparison(settings(folders, "flow", solver=[str(tmp_path)], reference_end=0.1))
+def test_a_solver_searched_towards_another_end_is_told(comparison_of, tmp_path, capsys):
+    make_solver("flow", tmp_path, provenance={"teacher": {"steps": 9, "end": 0.1}})
+    comparison_of(solver=[str(tmp_path)], reference_end=0.1)
     assert "teacher_end" not in capsys.readouterr().err
-    Comparison(settings(folders, "flow", solver=[str(tmp_path)]))
+    comparison_of(solver=[str(tmp_path)])
     assert f"{tmp_path} was searched with teacher_end 0.1, this reference_end is 0.0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    "provenance",
-    [["flow"], "flow", 3, {"call": ["guidance_scale"]}, {"call": "guidance_scale"}, {"teacher": "x", "call": 3}],
+    "provenance", [["flow"], 3, {"call": ["guidance_scale"]}, {"teacher": "x", "call": "guidance_scale"}]
 )
-def test_a_provenance_of_any_kind_says_nothing_of_guidance(provenance, folders, tmp_path, capsys):
-    scheduler = DSSolverScheduler.from_pretrained(folders / "ours-flow")
-    scheduler.save_pretrained(tmp_path)
+def test_a_provenance_of_any_kind_says_nothing_of_guidance(provenance, comparison_of, tmp_path, capsys):
+    make_solver("flow", tmp_path)
     file = tmp_path / "scheduler_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"provenance": provenance}))
-    comparison = Comparison(settings(folders, "flow", solver=[str(tmp_path)]))
-    assert comparison.ours[tmp_path.name].tables == scheduler.tables
+    comparison = comparison_of(solver=[str(tmp_path)])
+    assert comparison.lineup.searched[tmp_path.name].tables == (NFE,)
     assert "searched at guidance" not in capsys.readouterr().err
 
 
 # --- never lost -------------------------------------------------------------------------------------------------------
 
 
-def test_a_killed_comparison_goes_on(folders, tmp_path, monkeypatch, capsys):
+def test_a_killed_comparison_goes_on(settings, tmp_path, monkeypatch, capsys, undrawn):
     """Nothing that is on disk is run again; what is damaged there is."""
-    config = settings(folders, "flow", schedulers=["euler", "deis"], output_dir=str(tmp_path / "a"))
-    whole = settings(folders, "flow", schedulers=["euler", "deis"], output_dir=str(tmp_path / "b"))
-    sample, calls = Comparison.sample, []
+    config, whole = (
+        CompareConfig(**settings(output=tmp_path / name, schedulers=["euler", "deis"])) for name in ("a", "b")
+    )
+    sample, calls = Lineup.sample, []
 
     def counted(self, *args, **kwargs):
         calls.append(1)
@@ -467,7 +461,7 @@ def test_a_killed_comparison_goes_on(folders, tmp_path, monkeypatch, capsys):
             raise KeyboardInterrupt
         return sample(self, *args, **kwargs)
 
-    monkeypatch.setattr(Comparison, "sample", counted)
+    monkeypatch.setattr(Lineup, "sample", counted)
     killed_at = 9
     with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
         compare(config)
@@ -487,53 +481,60 @@ def test_a_killed_comparison_goes_on(folders, tmp_path, monkeypatch, capsys):
     assert len(calls) == 1 and "is damaged and made anew" in capsys.readouterr().err
 
 
-def test_other_settings_are_other_files(folders, tmp_path):
-    """A comparison in the same folder with other samples, guidance or reference takes nothing from the last one."""
-    first = settings(folders, "flow", schedulers=[], output_dir=str(tmp_path))
-    compare(first)
-    known = {file.name for file in (tmp_path / "cache").iterdir()}
-    expected = {"guidance_scale": 6, "seed": 6, "reference_steps": 6, "num_samples": 3, "num_pictures": 2}
-    changed = {"guidance_scale": 3.0, "seed": 1, "reference_steps": STEPS + 2, "num_samples": 2, "num_pictures": 1}
-    for name, count in expected.items():  # two references and a run of two batches, one of two samples
-        compare(replace(first, **{name: changed[name]}))
+def test_other_settings_are_other_files(comparison_of, tmp_path):
+    """A comparison in the same folder with other samples, guidance or steps takes nothing from the last one."""
+    changed = {
+        "guidance_scale": (3.0, 6), "seed": (1, 6), "reference_steps": (STEPS + 2, 6), "num_samples": (2, 3),
+        "num_pictures": (1, 2), "reference_end": (0.1, 6),
+    }  # fmt: skip
+    known = set()
+    for name, (value, count) in {"batch_size": (3, 6), **changed}.items():  # two converged runs and one, two batches
+        comparison_of(output=tmp_path, schedulers=[], **{name: value}).run()
         now = {file.name for file in (tmp_path / "cache").iterdir()}
         assert len(now - known) == count, name
         known = now
+
+
+def test_facts_of_a_run_are_the_same_in_every_process():
+    """diffusers lists defaults in the order of a set, which another process may have otherwise."""
+    [run, *_] = runs("unipc", FLOW["unipc"], NFE, make_scheduler("flow").config, None, ())
+    before = json.dumps(run.facts)
+    defaults = run.scheduler.config["_use_default_values"]
+    run.scheduler.register_to_config(_use_default_values=defaults[::-1])
+    assert json.dumps(run.facts) == before and run.scheduler.config["_use_default_values"] == defaults[::-1]
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
 @both
-def test_solver_of_the_other_family_is_refused(family, folders, tmp_path, capsys):
+def test_solver_of_the_other_family_is_refused(family, settings, ours, tmp_path, capsys):
     other = "vp" if family == "flow" else "flow"
-    config = settings(folders, family, solver=[str(folders / f"ours-{other}")], output_dir=str(tmp_path / "out"))
-    line = refused(capsys, lambda: main(words(config)))
+    given = settings(family, tmp_path / "out", solver=[str(ours[other])])
+    line = refused(capsys, lambda: main(["compare", *arguments(given)]))
     assert line.startswith("dssolver_search compare: error: ") and f"is for {other} models" in line
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("spoil", ["truncated", "list", "empty", "no rows"])
-def test_spoilt_solver_is_refused(spoil, folders, tmp_path, capsys):
-    text = (folders / "ours-flow" / "scheduler_config.json").read_text()
+def test_spoilt_solver_is_refused(spoil, settings, ours, tmp_path, capsys):
+    text = (ours["flow"] / "scheduler_config.json").read_text()
     config = json.loads(text)
     config["solvers"]["3"]["coefficients"] = []
     spoilt = {"truncated": text[: len(text) // 2], "list": "[1]", "empty": "", "no rows": json.dumps(config)}[spoil]
     (tmp_path / "scheduler_config.json").write_text(spoilt)
-    line = refused(
-        capsys,
-        lambda: main(words(settings(folders, "flow", solver=[str(tmp_path)], output_dir=str(tmp_path / "out")))),
-    )
+    given = settings(output=tmp_path / "out", solver=[str(tmp_path)])
+    line = refused(capsys, lambda: main(["compare", *arguments(given)]))
     assert ("solvers['3']" if spoil == "no rows" else tmp_path.name) in line
     assert [p.name for p in tmp_path.iterdir()] == ["scheduler_config.json"]
 
 
-def test_absent_solver_and_unknown_scheduler_are_refused(folders, tmp_path, capsys):
-    config = settings(folders, "flow", solver=[str(tmp_path / "absent")], output_dir=str(tmp_path / "out"))
-    assert "absent" in refused(capsys, lambda: main(words(config)))
-    config = settings(folders, "flow", solver=[], output_dir=str(tmp_path / "out"))
-    line = refused(capsys, lambda: main([*words(config), "--schedulers", "euler", "leapfrog"]))
-    assert "'leapfrog' is unknown; known: unipc, " in line
-    line = refused(capsys, lambda: main([*words(config), "--reference_end", "0.6"]))
-    assert "reference_end is 0.6; it must be from 0 to 0.5" in line
+def test_absent_solver_and_unknown_scheduler_are_refused(settings, tmp_path, capsys):
+    for changes, message in (
+        ({"solver": [str(tmp_path / "absent")]}, "absent"),
+        ({"solver": [], "schedulers": ["euler", "leapfrog"]}, "'leapfrog' is unknown; known: unipc, "),
+        ({"reference_end": 0.6}, "reference_end is 0.6; it must be from 0 to 0.5"),
+    ):
+        given = settings(output=tmp_path / "out", **changes)
+        assert message in refused(capsys, lambda given=given: main(["compare", *arguments(given)]))
     assert not list(tmp_path.iterdir())

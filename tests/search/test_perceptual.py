@@ -323,7 +323,7 @@ def test_a_factory_by_its_module_path():
         ("no/such/folder", "could not be loaded"),
         (f"{__name__}:absent", "could not be made: module .* has no attribute 'absent'"),
         ("no_such_module:factory", "could not be made: No module named 'no_such_module'"),
-        (f"{__name__}:no_module", r"returns list; it must return a torch.nn.Module"),
+        (f"{__name__}:no_module", "could not be made: it returns list; it must return a torch.nn.Module"),
     ],
 )
 def test_unknown_feature_networks_are_refused(name, reason):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import xml.etree.ElementTree as ElementTree
 
@@ -15,6 +16,7 @@ from PIL import Image
 from diffusers_dssolver import DSSolverScheduler, SolverSpec
 from diffusers_dssolver.derive import classical, uniform_nodes
 from diffusers_dssolver.published import published_config
+from dssolver_search.artefacts import plots
 from dssolver_search.artefacts.plots import (
     EQ_20,
     EQ_21,
@@ -27,11 +29,12 @@ from dssolver_search.artefacts.plots import (
 )
 from dssolver_search.artefacts.read import read_metrics
 from dssolver_search.cli import main
-from dssolver_search.measure.pictures import WIDTH, error_figure
+from dssolver_search.measure.pictures import WIDTH, error_figure, rendered
 from tests.families import make_path
 from tests.searches import refused, search
 
 FLOW = {"prediction_type": "flow_prediction"}
+NAMES = ("nodes", "coefficients", "search", "error")
 VARIANTS = ("png", "svg", "-dark.png", "-dark.svg")
 
 
@@ -94,6 +97,15 @@ def comparison(tmp_path):
         return tmp_path / "compared"
 
     return write
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Files that hold the name of their picture and variant in place of it."""
+    named = {f"{name}_figure": name for name in NAMES}
+    monkeypatch.setattr(
+        plots, "rendered", lambda draw, dark, kind: f"{named[draw.func.__name__]} {dark} {kind}".encode()
+    )
 
 
 def files_of(folder):
@@ -159,8 +171,9 @@ def test_search_curves_by_hand():
     assert errors.get_label() == "NFE 3"
 
 
-def test_a_real_search_has_curves(models, tmp_path):
-    search(models["flow"], tmp_path / "run", nfe=[3], fill_nfe=[])
+def test_a_real_search_has_curves(model, tmp_path, quick):
+    few = {"nfe": [3], "fill_nfe": [], "teacher_steps": 8, "trials": 4, "starts": 1}
+    search(model, tmp_path / "run", **few)
     main(["plot", "--solver", str(tmp_path / "run")])
     assert {f"search{'.' * (v[0] != '-')}{v}" for v in VARIANTS} <= set(files_of(tmp_path / "run"))
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
@@ -182,28 +195,35 @@ def test_errors_are_drawn_as_measured():
     assert len({to_hex(line.get_color()) for line in axis.lines}) == 4
 
 
-def test_every_picture_in_every_variant(solver, comparison, tmp_path, capsys):
+def test_every_picture_has_every_variant(solver, comparison, tmp_path, capsys, quick):
     (solver / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in RECORDS))
-    for folder in ("one", "two"):
-        main(
-            ["plot", "--solver", str(solver), "--comparison", str(comparison()), "--output_dir", str(tmp_path / folder)]
-        )
-    names = ("nodes", "coefficients", "search", "error")
-    assert f"written to {tmp_path / 'one'}: nodes, coefficients, search, error" in capsys.readouterr().out
-    expected = {f"{name}{dark}.{kind}" for name in names for dark in ("", "-dark") for kind in ("png", "svg")}
-    assert set(files_of(tmp_path / "one")) == expected
-    for name in expected:
-        file = tmp_path / "one" / name
-        assert file.read_bytes() == (tmp_path / "two" / name).read_bytes()
-        if file.suffix == ".svg":
-            tree = ElementTree.parse(file)
-            links = [v for node in tree.iter() for k, v in node.attrib.items() if k.endswith("href")]
-            assert tree.getroot().tag.endswith("svg") and all(v.startswith(("#", "data:")) for v in links)
-        else:
-            with Image.open(file) as image:
-                assert image.width == 200 * WIDTH
-                corner = image.convert("L").getpixel((2, 2))
-            assert corner < 30 if "-dark" in name else corner == 255
+    main(["plot", "--solver", str(solver), "--comparison", str(comparison()), "--output_dir", str(tmp_path / "out")])
+    assert f"written to {tmp_path / 'out'}: {', '.join(NAMES)} (" in capsys.readouterr().out
+    variants = [(dark, kind) for dark in (False, True) for kind in ("png", "svg")]
+    wanted = {f"{n}{'-dark' * dark}.{kind}": f"{n} {dark} {kind}" for n in NAMES for dark, kind in variants}
+    assert {file.name: file.read_text() for file in (tmp_path / "out").iterdir()} == wanted
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_files_of_pictures(name, dark, solver, comparison):
+    """Half of the variants, so that each picture is seen light and dark, and each format too."""
+    (solver / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in RECORDS))
+    draw = drawings(str(solver), str(comparison()))[name]
+    kind = "png" if (NAMES.index(name) % 2 == 0) == dark else "svg"
+    data = rendered(draw, dark, kind)
+    if kind == "svg":
+        tree = ElementTree.fromstring(data)
+        links = [v for node in tree.iter() for k, v in node.attrib.items() if k.endswith("href")]
+        assert tree.tag.endswith("svg") and all(v.startswith(("#", "data:")) for v in links)
+        assert (b"#0d1117" in data) == dark
+    else:
+        with Image.open(io.BytesIO(data)) as image:
+            assert image.width == 200 * WIDTH
+            corner = image.convert("L").getpixel((2, 2))
+        assert corner < 30 if dark else corner == 255
+    if name == "error":
+        assert rendered(draw, dark, kind) == data  # the same data make the same file
 
 
 @pytest.mark.parametrize("dark", [False, True])
@@ -217,7 +237,7 @@ def test_text_can_be_read_at_the_width_of_a_card(solver, comparison, dark):
         assert min(text.get_fontsize() for text in figure.findobj(Text) if text.get_text()) >= 7.7, name
 
 
-def test_a_published_solver_and_chosen_step_counts(tmp_path):
+def test_a_published_solver_and_chosen_step_counts(tmp_path, quick):
     main(["plot", "--solver", "sit-xl-2-256", "--nfe", "8", "5", "--output_dir", str(tmp_path)])
     assert files_of(tmp_path) == sorted(
         f"{n}{'.' * (v[0] != '-')}{v}" for n in ("nodes", "coefficients") for v in VARIANTS

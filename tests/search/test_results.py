@@ -1,88 +1,51 @@
-"""The tables of search/README.md are what `compare` and `bench_search` print for the JSON beside the models."""
+"""Tables inside documents are what the commands and benchmarks print for the JSON in search/results/."""
 
 from __future__ import annotations
 
 import json
 from functools import partial
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from dssolver_search.images.features import load_extractor
-from dssolver_search.measure import evaluate
-from dssolver_search.measure.results import results_of_record, table
-from tests.bench import guidance as bench_guidance
+from tests import documents
 from tests.bench import search as bench_search
 from tests.bench import steps as bench_steps
 from tests.families import make_pipe
 
-SEARCH = Path(__file__).resolve().parents[2] / "search"
+ELSEWHERE = ("cost", "conformance", "study-")  # compared by the tests of their own
 
 
-def measured(family):
-    return json.loads((SEARCH / "results" / f"comparison-{family}.json").read_text(encoding="utf-8"))
-
-
-@pytest.mark.parametrize("family", ["flow", "vp", "flow-end"])
-def test_the_tables_are_the_measured_ones(family):
-    record = measured(family)
-    results = results_of_record(record)
-    text = table(results, SimpleNamespace(**record["settings"]), record["reference"]["mse_against_half_the_steps"])
-    assert block(family) == indented(text)
+@pytest.mark.parametrize("name", [name for name in documents.FILES if not name.startswith(ELSEWHERE)])
+def test_the_tables_are_the_measured_ones(name):
+    assert documents.block(name) == documents.MAKERS[name]()
 
 
 @pytest.mark.parametrize("family", ["flow", "vp", "flow-end", "cifar-end"])
-def test_the_distances_are_the_measured_ones(family):
-    record = json.loads((SEARCH / "results" / f"evaluation-{family}.json").read_text(encoding="utf-8"))
-    assert block(f"evaluation-{family}") == indented(evaluate.table(record))
+def test_the_distances_are_of_equal_numbers_of_images(family):
+    record = documents.record(f"evaluation-{family}")
     assert {r["n"] for r in record["results"]} == {record["settings"]["num_images"]}
     if not family.startswith("cifar"):  # whose classifier is made by `make study`
         classifier = load_extractor("dssolver_search.demo.classifier:load")
         assert (record["extractor"], record["extractor_sha256"]) == (classifier.name, classifier.sha256)
 
 
-def indented(text):
-    return "\n".join(("    " + line).rstrip() for line in text.strip().splitlines())
-
-
 @pytest.mark.parametrize("family", ["flow", "vp", "flow-end"])
 def test_the_measurement_is_converged_and_on_equal_terms(family):
-    record = measured(family)
+    record = documents.record(f"comparison-{family}")
     best = min(r["mse"] for r in record["results"])
     assert record["reference"]["mse_against_half_the_steps"] < 0.1 * best
     assert all(r["calls"] <= r["nfe"] for r in record["results"])
     assert record["settings"]["num_samples"] >= 64
 
 
-def block(name):
-    readme = (SEARCH / "README.md").read_text(encoding="utf-8")
-    return readme.split(f"<!-- {name} -->\n")[1].split(f"\n<!-- /{name} -->")[0]
-
-
-def test_the_costs_are_the_measured_ones():
-    record = json.loads((SEARCH / "results" / "bench-search.json").read_text(encoding="utf-8"))
-    assert block("bench") == bench_search.table(record["rows"])
-    assert {(row["family"], row["nfe"]) for row in record["rows"]} == {
-        (f, n) for f in ("flow", "vp") for n in (5, 6, 8, 10)
-    }
-
-
-def test_the_ablation_is_the_measured_one():
-    record = json.loads((SEARCH / "results" / "ablation.json").read_text(encoding="utf-8"))
-    assert block("ablation") == bench_search.ablation_table(record)
-    assert set(record) <= set(bench_search.SETTINGS)
-
-
-def test_guidance_is_the_measured_one():
-    record = json.loads((SEARCH / "results" / "guidance.json").read_text(encoding="utf-8"))
-    assert block("guidance") == bench_guidance.table(record) and set(record) == set(bench_search.FAMILIES)
-
-
-def test_every_step_count_is_the_measured_one():
-    record = json.loads(bench_steps.FILE.read_text(encoding="utf-8"))
-    assert block("steps") == bench_steps.steps_table(record) and set(record) == set(bench_search.FAMILIES)
-    assert all(list(steps) == [str(n) for n in range(3, 21)] for steps in record.values())
+def test_the_measurements_are_whole():
+    costs = [(row["family"], row["nfe"]) for row in documents.record("bench-search")["rows"]]
+    assert costs == [(family, nfe) for family in bench_search.FAMILIES for nfe in bench_search.NFES]
+    assert set(documents.record("ablation")) <= set(bench_search.SETTINGS)
+    steps = documents.record("steps")
+    assert all(list(found) == [str(n) for n in range(3, 21)] for found in steps.values())
+    assert set(steps) == set(documents.record("guidance")) == set(bench_search.FAMILIES)
 
 
 def test_steps_by_hand(tmp_path, capsys):
@@ -207,6 +170,6 @@ def test_families_of_nodes(start, family):
     nodes = bench_search.nodes_of(start, family, 8)
     assert nodes[0] == pytest.approx(1, abs=1e-12) and nodes[-1] == 0 and (nodes.diff() < 0).all()
     if start == "log-SNR":
-        path = bench_search.DSSolverScheduler.from_config(bench_search.load_config(family), solvers="classical")._path
+        path = bench_search.DSSolverScheduler.from_config(bench_search.load_config(family), solvers="classical").path
         steps = path.lambdas(nodes[1:-1]).diff()
         assert (steps / steps[0] - 1).abs().max() < 0.02

@@ -53,7 +53,7 @@ def facts(models: Path) -> dict[str, dict[str, Any]]:
 
 
 def classifier() -> nn.Module:
-    """For `--feature_network study_models:classifier` and `--extractor` alike."""
+    """For `--feature_network tests.study.models:classifier` and `--extractor` alike."""
     return classifiers.load(folder(Path(os.environ.get(WHERE, DEFAULT)), CLASSIFIER))
 
 

@@ -7,8 +7,8 @@ final states, so that models compare. Over seeds: the mean, and the least and th
 the 95 % interval by bootstrap over samples. Sizes and what runs on which model: `study_units.Budget`. Every unit is
 kept under --output, so that a killed study goes on; processes with `--share 0/2` and `--share 1/2` measure different
 ones, and a run without it collects them: tables, study.json and plots there. `--plan` counts network calls and hours
-beforehand. `--update` puts the tables into search/README.md, the plots and what all is made of beside the embedded
-models.
+beforehand. `--update` puts the tables into search/docs/study.md, the plots and what all is made of into
+search/results/.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import argparse
 import functools
 import json
 import math
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -30,12 +29,10 @@ from matplotlib.ticker import FixedLocator, LogFormatterSciNotation, NullLocator
 
 from dssolver_search.measure.pictures import COLOURS, MARKERS, WIDTH, rendered
 from dssolver_search.storage import replacing, write_text
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from tests.bench import search as bench_search
+from tests import documents
 from tests.bench.cost_model import table
 from tests.study import models as study_models
-from tests.study.findings import ALL, FINDINGS, SEARCHED, Found, Record, block, mean, teacher_of
+from tests.study.findings import FINDINGS, SEARCHED, Found, Record, block, mean, teacher_of
 from tests.study.units import Budget, Study
 
 FILE, MODELS = "study.json", "models"
@@ -85,7 +82,7 @@ def by_guidance(record: Record) -> Panels:
     """`by_column` of searches at guidance scales: what a line was searched at is said."""
 
     def told(name: str) -> str:
-        return f"{SEARCHED} at {name}" if name == ALL or name[0].isdigit() else name
+        return f"{SEARCHED} at {name}" if name[0].isdigit() else name
 
     return {model: {told(name): line for name, line in lines.items()} for model, lines in by_column(record).items()}
 
@@ -111,7 +108,7 @@ def curves(panels: Panels, xlabel: str, logarithmic: bool, dark: bool = False) -
             ink = matplotlib.rcParams["text.color"] if colour == "#000000" else colour
             axis.plot(
                 x, [fmean(values) for _, values in points], color=ink, marker=MARKERS[k % len(MARKERS)], markersize=4,
-                label=label, linewidth=2.6 if label in (SEARCHED, f"{SEARCHED} at {ALL}") else 1.3,
+                label=label, linewidth=2.6 if label == SEARCHED else 1.3,
             )  # fmt: skip
             least, most = ([end(values) for _, values in points] for end in (min, max))
             axis.fill_between(x, least, most, color=ink, alpha=0.15, linewidth=0)
@@ -165,7 +162,7 @@ def models_block(facts: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def blocks(whole: Record) -> dict[str, str]:
-    """What stands in the README, by the name of its markers."""
+    """What stands in search/docs/study.md, by the name of its markers."""
     found = {f"study-{number}": block(int(number), record) for number, record in whole["findings"].items()}
     return {f"study-{MODELS}": models_block(whole[MODELS]), **found}
 
@@ -182,14 +179,6 @@ def merged(file: Path, whole: Record) -> Record:
     if different and len(both) > len(whole["findings"]):
         raise ValueError(f"{file.name} holds findings with other {different[0]}; give all of --findings")
     return {**whole, "findings": {number: both[number] for number in sorted(both)}}
-
-
-def check_readme(names: Iterable[str]) -> None:
-    """Raises ValueError where search/README.md has no place for one of these blocks."""
-    text = (bench_search.ROOT / "search" / "README.md").read_text(encoding="utf-8")
-    for marker in (f"<!-- {slash}{name} -->" for name in names for slash in ("", "/")):
-        if text.count(f"{marker}\n") != 1:
-            raise ValueError(f"search/README.md has {text.count(marker)} lines {marker}; put one where it belongs")
 
 
 def write(folder: Path, whole: Record) -> None:
@@ -234,9 +223,9 @@ def study_of(given: argparse.Namespace, budget: Budget) -> None:
         "budget": json.loads(json.dumps(asdict(budget))), "seeds": given.seeds,
         MODELS: study_models.facts(given.models), "findings": dict.fromkeys(map(str, findings)),
     }  # fmt: skip
-    published = bench_search.RESULTS / FILE
+    published = documents.ROOT / documents.RESULTS / FILE
     if given.update:
-        check_readme([f"study-{name}" for name in (MODELS, *merged(published, whole)["findings"])])
+        documents.check([f"study-{name}" for name in (MODELS, *merged(published, whole)["findings"])])
     study = Study(given.models, given.output, budget, given.seeds)
     print(plan(study, findings), flush=True)
     if given.plan:
@@ -253,7 +242,7 @@ def study_of(given: argparse.Namespace, budget: Budget) -> None:
         whole = merged(published, whole)
         write(published.parent, whole)
         for name, text in blocks(whole).items():
-            bench_search.put_into_readme(name, text)
+            documents.put(name, text)
 
 
 if __name__ == "__main__":

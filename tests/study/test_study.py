@@ -1,5 +1,5 @@
 """`make study` in miniature: every finding on tiny random models, kills, shares, the rules of its sentences, and, once
-it was run, its tables in search/README.md.
+it was run, its tables in search/docs/study.md.
 """
 
 from __future__ import annotations
@@ -7,7 +7,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,9 +22,11 @@ from dssolver_search.demo import classifier, train
 from dssolver_search.images.features import of_network
 from dssolver_search.images.real_images import Statistics
 from dssolver_search.methods import closed_form
+from dssolver_search.methods import search as run_module
 from dssolver_search.storage import write_tensors
-from tests.bench import search as bench_search
+from tests import documents
 from tests.families import make_pipe
+from tests.search.test_gradient import told
 from tests.study import findings as study_findings
 from tests.study import models as study_models
 from tests.study import study as bench_study
@@ -34,7 +35,6 @@ from tests.study.findings import SEARCHED
 from tests.study.units import Budget, Retimed, Study, error_of, on_schedule
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torchvision.*")
-README = Path(__file__).resolve().parents[2] / "search" / "README.md"
 TINY = {
     "num_train_samples": 4, "num_trial_samples": 4, "num_validation_samples": 2, "trials": 2, "starts": 1, "polish": 1
 }  # fmt: skip
@@ -72,7 +72,9 @@ def whole(models, tmp_path_factory):
     """(output of the whole study with one seed, arguments that lead to it)."""
     output = tmp_path_factory.mktemp("study")
     arguments = ["--models", str(models), "--output", str(output), "--seeds", "0"]
-    bench_study.main(arguments, BUDGET)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "preflight", told("full"))  # 42 searches of six models
+        bench_study.main(arguments, BUDGET)
     return output, arguments
 
 
@@ -125,7 +127,7 @@ def test_every_finding_is_measured(whole):
         f"order {order}, {steps} steps" for order in (1, 2) for steps in (6, 12)
     ]
     assert list(record["findings"]["4"]["errors"]["small-flow"]) == ["2", "4"]
-    assert list(record["findings"]["5"]["errors"]["small-vp"]) == ["all", "1", "3", "unipc", "heun"]
+    assert list(record["findings"]["5"]["errors"]["small-vp"]) == ["1", "3", "unipc", "heun"]
     refusal = record["findings"]["6"]["refusals"][0]
     assert refusal["refused"] and "'SOLVER' was searched with beta_" in refusal["line"]
     assert set(record["findings"]["7"]["errors"]["small-vp"]) == set(study_findings.VARIANTS)
@@ -155,25 +157,27 @@ def test_a_second_run_measures_nothing_and_prints_the_same(whole, counted, capsy
     assert all(block in text for block in bench_study.blocks(before).values())
 
 
-def test_update_puts_tables_into_the_readme(whole, counted, tmp_path, monkeypatch):
+def test_update_puts_tables_into_the_document(whole, counted, tmp_path, monkeypatch):
     _, arguments = whole
-    (tmp_path / "search" / "results").mkdir(parents=True)
-    readme = tmp_path / "search" / "README.md"
+    for folder in ("results", "docs"):
+        (tmp_path / "search" / folder).mkdir(parents=True)
+    document = tmp_path / "search" / "docs" / "study.md"
     names = ("models", 4, 6)
-    readme.write_text("".join(f"{n}\n<!-- study-{n} -->\nold\n<!-- /study-{n} -->\n" for n in names) + "end\n")
-    monkeypatch.setattr(bench_search, "ROOT", tmp_path)
-    monkeypatch.setattr(bench_search, "RESULTS", tmp_path / "search" / "results")
+    document.write_text("".join(f"{n}\n<!-- study-{n} -->\nold\n<!-- /study-{n} -->\n" for n in names) + "end\n")
+    monkeypatch.setattr(documents, "ROOT", tmp_path)
     update = [*arguments, "--update", "--findings"]
     bench_study.main([*update, "4"], BUDGET)
-    assert readme.read_text().count("old") == 1  # of 6
+    assert document.read_text().count("old") == 1  # of 6
     bench_study.main([*update, "6"], BUDGET)
     record = recorded(tmp_path / "search" / "results")
     assert list(record["findings"]) == ["4", "6"] and (tmp_path / "search" / "results" / "study-4.png").exists()
-    text = readme.read_text()
+    text = document.read_text()
     for name, block in bench_study.blocks(record).items():
         assert f"<!-- {name} -->\n{block}\n<!-- /{name} -->\n" in text
     assert "old" not in text and text.endswith("end\n")
-    with pytest.raises(SystemExit, match=r"^search/README.md has 0 lines <!-- study-5 -->; put one where it belongs$"):
+    with pytest.raises(
+        SystemExit, match=r"^search/docs/study.md has 0 lines <!-- study-5 -->; put one where it belongs$"
+    ):
         bench_study.main([*update, "5"], BUDGET)
     with pytest.raises(SystemExit, match=r"^study.json holds findings with other budget; give all of --findings$"):
         bench_study.main([*update, "6"], dataclasses.replace(BUDGET, images=9))
@@ -298,7 +302,7 @@ def test_calls_are_those_that_are_made(models, tmp_path):
     study = study_on(models, tmp_path)
     runs = [study.run("small-vp", s, 3) for s in ("unipc", "classical")]
     (to,) = measured(study, study.converged("small-vp", BUDGET.guidance))
-    sampler = study.comparisons["small-vp", BUDGET.guidance, None][0].sampler
+    sampler = study.comparisons["small-vp", BUDGET.guidance, None][0].lineup.sampler
     assert sampler.network_evaluations == 2 * study.converged("small-vp", BUDGET.guidance).calls and to
     for unit in runs:
         before = sampler.network_evaluations
@@ -319,7 +323,7 @@ def test_adams_and_the_best_spacing(models, tmp_path):
     assert rows == pytest.approx([1, -0.5, 1.5, 0, -0.5, 1.5])
     errors = {
         r.spacing: error_of(comparison.sample(r.scheduler, r.steps).final, wanted, variance)["error"]
-        for r in comparison.candidates(3)
+        for r in comparison.lineup.runs(3)
         if r.name == "unipc"
     }
     best = min((spacing for spacing in errors if errors[spacing] is not None), key=lambda spacing: errors[spacing])
@@ -360,7 +364,7 @@ def test_on_another_schedule_the_network_is_told_the_time_of_equal_noise(models,
     seen = []
     here, _ = measured(study, study.run("small-vp", "classical", 2), there)
     comparison = study.comparisons["small-vp", BUDGET.guidance, "Stable Diffusion"][0]
-    comparison.sampler.pipe.transformer.register_forward_pre_hook(
+    comparison.lineup.sampler.pipe.transformer.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(float(kwargs["timestep"][0])), with_kwargs=True
     )
     scheduler = study._runs(comparison, "classical", 2)[0].scheduler
@@ -498,13 +502,13 @@ def test_sentence_4(errors, said):
 
 @pytest.mark.parametrize("away, said", [(3.0, "agrees."), (1.0, "disagrees.")])
 def test_sentence_5(away, said):
-    rows = {"all": {"1": seeds(4.0), "5": seeds(6.0)}, "1": {"1": seeds(1.0), "5": seeds(6.0 * away)},
-            "5": {"1": seeds(2.5), "5": seeds(6.0)}, "unipc": {"1": seeds(9.0), "5": seeds(9.0)}}  # fmt: skip
+    rows = {"1": {"1": seeds(1.0), "5": seeds(6.0 * away)}, "5": {"1": seeds(2.5), "5": seeds(6.0)},
+            "unipc": {"1": seeds(9.0), "5": seeds(9.0)}}  # fmt: skip
     sentence = study_findings.sentence_5({"nfe": 5, "errors": {"small-vp": rows}})
     assert (
         sentence.endswith(said) and f"has {away:.2f} times the error of one searched there, and 2.50 times" in sentence
     )
-    assert "one for all scales has 2.00 times" in sentence and "at guidance 1 and run at 5" in sentence
+    assert "at guidance 1 and run at 5" in sentence
 
 
 @pytest.mark.parametrize(
@@ -558,9 +562,10 @@ def test_curves_leave_out_what_diverges():
 
 def test_curves_over_guidance_say_what_was_searched_where():
     row = {"1": seeds(1.0), "5": seeds(2.0)}
-    record = {"nfe": 5, "errors": {"small-vp": {"all": row, "1": row, "5": row, "unipc": row}}}
+    record = {"nfe": 5, "errors": {"small-vp": {"1": row, "5": row, "unipc": row}}}
     [lines] = bench_study.by_guidance(record).values()
-    assert list(lines) == ["searched at all", "searched at 1", "searched at 5", "unipc"]
+    assert list(lines) == ["searched at 1", "searched at 5", "unipc"]
+    lines = {SEARCHED: lines["unipc"], **lines}
     widths = [line.get_linewidth() for line in bench_study.curves({"a": lines}, "x", False).axes[0].lines]
     assert widths[0] > widths[1] == widths[2] == widths[3]
 
@@ -636,14 +641,11 @@ def test_training_makes_all_that_the_study_takes(tmp_path, monkeypatch):
 
 
 def test_the_tables_are_the_measured_ones():
-    """Each finding stands in search/README.md as study.json has it, made with the budget and seeds of `make study`."""
-    file = README.parent / "results" / "study.json"
-    record = json.loads(file.read_text(encoding="utf-8"))
-    text = README.read_text(encoding="utf-8")
+    """Each finding stands in its document as study.json has it, made with the budget and seeds of `make study`."""
+    record = documents.record("study")
     assert list(record["findings"]) == [str(n) for n in study_findings.FINDINGS] and record["seeds"] == [0, 1, 2]
     for name, block in bench_study.blocks(record).items():
-        assert f"<!-- {name} -->\n{block}\n<!-- /{name} -->" in text
+        assert documents.block(name) == block
     assert record["budget"] == json.loads(json.dumps(dataclasses.asdict(Budget())))
-    assert all(
-        f"(results/study-{n}.png)" in text and (file.parent / f"study-{n}.png").exists() for n in bench_study.PLOTS
-    )
+    text = (documents.ROOT / "search" / "docs" / "study.md").read_text(encoding="utf-8")
+    assert all(f"(../results/study-{n}.png)" in text for n in bench_study.PLOTS)

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -37,15 +36,12 @@ from dssolver_search.pipeline.student import Student
 from dssolver_search.settings import CompareConfig, SearchConfig
 from dssolver_search.storage import Damaged, read_record, write_record
 from dssolver_search.teacher.trajectories import Teacher, teacher_trajectory
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 from tests.bench import cost_model
 from tests.study import models as study_models
 
 RATES = {"small": 2700, "medium": 1100, "large": 570}  # guided calls of one sample a second on one core, roughly
 REFERENCE, CLASSICAL, ADAMS = "reference", "classical", "adams-"
 SCHEDULES = {"Stable Diffusion": STABLE_DIFFUSION}  # the paper's example of betas that a solver is not for
-Guidance = float | tuple[float, ...]  # several: samples take them in turn
 
 
 @dataclass(frozen=True)
@@ -189,9 +185,7 @@ class Study:
         facts = {"samples": b.test_samples, "steps": b.reference_steps}
         return self._unit(REFERENCE, calls, model, guidance=guidance, schedule=schedule, **facts)
 
-    def search(
-        self, model: str, seed: int, nfe: Sequence[int], settings: Any, guidance: Guidance | None = None
-    ) -> Unit:
+    def search(self, model: str, seed: int, nfe: Sequence[int], settings: Any, guidance: float | None = None) -> Unit:
         """One search; `settings` over the command's own."""
         facts = {"seed": seed, "nfe": list(nfe), "settings": settings, "guidance": self._guidance(guidance)}
         return self._unit("search", cost_model.busiest(cost_model.search(self._config(model, **facts))), model, **facts)
@@ -221,18 +215,16 @@ class Study:
         """What the loader says of another noise schedule."""
         return self._unit("refusal", 0, model, search=search, schedule=schedule)
 
-    def _guidance(self, given: Any) -> Any:
-        return self.budget.guidance if given is None else list(given) if isinstance(given, tuple) else given
+    def _guidance(self, given: float | None) -> float:
+        return self.budget.guidance if given is None else given
 
     def _config(
         self, model: str, seed: int, nfe: Sequence[int], settings: Any, guidance: Any, folder: str = "none"
     ) -> SearchConfig:
-        several = isinstance(guidance, list)
-        given = {"guidance_scales" if several else "guidance_scale": guidance}
         source = str(study_models.folder(self.models, model))
         return SearchConfig(
-            pretrained_model_name_or_path=source, output_dir=folder, seed=seed, nfe=list(nfe), fill_nfe=[], **given,
-            **settings,
+            pretrained_model_name_or_path=source, output_dir=folder, seed=seed, nfe=list(nfe), fill_nfe=[],
+            guidance_scale=guidance, **settings,
         )  # fmt: skip
 
     # --- work --------------------------------------------------------------------------------------------------------
@@ -282,7 +274,7 @@ class Study:
 
     def _reference(self, model: str, guidance: float, schedule: str | None, **_: Any) -> dict[str, Any]:
         comparison, _, variance = self._comparison(model, guidance, schedule)
-        return {"variance": variance, "error": comparison.reference()[2] / variance}
+        return {"variance": variance, "error": comparison.converged()[2] / variance}
 
     def _comparison(self, model: str, guidance: float, schedule: str | None) -> tuple[Comparison, torch.Tensor, float]:
         """With the reference's final states and their variance. On another schedule the network is told the time whose
@@ -296,12 +288,12 @@ class Study:
                 schedulers=list(b.stock), num_pictures=1,
             )  # fmt: skip
             comparison = Comparison(config)
-            pipe = comparison.sampler.pipe
+            pipe = comparison.lineup.sampler.pipe
             if schedule is not None:
                 own, pipe.scheduler = pipe.scheduler, on_schedule(pipe.scheduler, schedule)
-                comparison.model_config = pipe.scheduler.config
+                comparison.lineup.model_config = pipe.scheduler.config
                 pipe.transformer.register_forward_pre_hook(Retimed(own, pipe.scheduler), with_kwargs=True)
-            final = comparison.reference()[0]
+            final = comparison.converged()[0]
             self.comparisons[key] = comparison, final, final.double().var().item()
         return self.comparisons[key]
 
@@ -317,7 +309,7 @@ class Study:
         return min(tried, key=lambda found: math.inf if found["error"] is None else found["error"])
 
     def _runs(self, comparison: Comparison, scheduler: str | Unit, nfe: int) -> Iterable[Run]:
-        config = comparison.model_config
+        config = comparison.lineup.model_config
         if isinstance(scheduler, Unit):
             table = self._needed(scheduler)["tables"][str(nfe)]
             made = DSSolverScheduler.from_config(config, solvers={str(nfe): table})
@@ -328,7 +320,7 @@ class Study:
         elif scheduler == CLASSICAL:
             made = DSSolverScheduler.from_config(config, solvers=CLASSICAL)
         else:
-            return [run for run in comparison.candidates(nfe) if run.name == scheduler]
+            return [run for run in comparison.lineup.runs(nfe) if run.name == scheduler]
         return [Run("", nfe, "", made, nfe, True, "")]
 
     def _needed(self, unit: Unit) -> dict[str, Any]:
@@ -354,12 +346,12 @@ class Study:
 
     def _teacher(self, steps: int, order: int, to: Unit, **_: Any) -> dict[str, Any]:
         comparison, final, variance = self._to(to)
-        student, size = Student(comparison.sampler), comparison.config.batch_size
+        student, size = Student(comparison.lineup.sampler), comparison.config.batch_size
         made = teacher_trajectory(student, Teacher(steps, order), range(len(final)), SPLIT, size, progress=False)
         return error_of(made.final, final, variance)
 
     def _refusal(self, model: str, search: Unit, schedule: str) -> dict[str, Any]:
-        own = self._comparison(model, self.budget.guidance, None)[0].sampler.pipe.scheduler
+        own = self._comparison(model, self.budget.guidance, None)[0].lineup.sampler.pipe.scheduler
         with tempfile.TemporaryDirectory() as folder:
             artefact = DSSolverScheduler.from_config(own.config, solvers=self._needed(search)["tables"])
             artefact.save_pretrained(folder)
@@ -388,7 +380,7 @@ class Retimed:
     """Before a network that was trained on one vp schedule: its times of another become those of equal noise."""
 
     def __init__(self, own: Any, other: Any) -> None:
-        self.own, self.other = (DSSolverScheduler.from_config(s.config, solvers=CLASSICAL)._path for s in (own, other))
+        self.own, self.other = (DSSolverScheduler.from_config(s.config, solvers=CLASSICAL).path for s in (own, other))
         self.grid = torch.arange(self.own.num_train_timesteps)
         self.levels = -self.own.lambdas(self.own.node(self.grid)).numpy()  # rising with time
 

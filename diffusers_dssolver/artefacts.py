@@ -1,0 +1,117 @@
+"""Which solver fits which model: noise schedules compared, and the arguments that carry a solver over.
+
+Functions of configurations only. A "full" configuration holds every key of `DSSolverScheduler.__init__`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .config import ARTEFACT_KEYS, BETA_KEYS, SCHEDULE_KEYS, SHIFT_KEYS, is_flow
+
+SEARCH_COMMAND = "python -m dssolver_search search --pretrained_model_name_or_path MODEL --nfe 5 8 --output_dir OUT"
+Config = Mapping[str, Any]
+
+
+def model_facts(config: Config) -> dict[str, Any]:
+    """Arguments that describe the noise schedule of any scheduler's configuration.
+
+    diffusers drops a key that is at the default of the old class; the noise schedule must survive, so it is listed.
+
+    Raises:
+        ValueError: for a schedule that is neither flow nor vp.
+    """
+    for key, known in (("sigma_data", None), ("timestep_type", "discrete")):
+        if config.get(key, known) != known:
+            raise ValueError(
+                f"{key} is {config[key]!r}: this model is sampled in EDM noise levels, which are neither flow nor vp; "
+                "keep its own scheduler"
+            )
+    facts = {key: config[key] for key in SCHEDULE_KEYS if key in config}
+    if is_flow(config):
+        facts["prediction_type"] = "flow_prediction"
+        if "shift" not in config and config.get("flow_shift") is not None:  # the name in UniPC and DPMSolver
+            facts["shift"] = config["flow_shift"]
+    return facts
+
+
+def fill(config: Config, defaults: Config) -> dict[str, Any]:
+    """The full form of any scheduler's configuration: its own values, else our defaults."""
+    full = {key: config.get(key, default) for key, default in defaults.items()}
+    return {**full, "prediction_type": "flow_prediction"} if is_flow(config) else full
+
+
+def carry_over(model: Config, name: str, artefact: Config, published: Mapping[str, Config]) -> dict[str, Any]:
+    """Arguments that put the solvers of one full configuration on the model of another.
+
+    Args:
+        name: of the artefact, for the message.
+        published: full configurations by name, for the remedy.
+
+    Raises:
+        ValueError: if the noise schedules differ.
+    """
+    if reason := mismatch(model, artefact):
+        raise ValueError(f"solver {name!r} {reason}; {remedy(model, published)}")
+    return {key: artefact[key] for key in ARTEFACT_KEYS} | {"searched_shift": searched_at(artefact)}
+
+
+def first_fitting(model: Config, published: Mapping[str, Config]) -> str:
+    """Name of the first published artefact whose noise schedule is the model's.
+
+    Raises:
+        ValueError: if none fits, with the reason of each.
+    """
+    reasons = {name: mismatch(model, artefact) for name, artefact in published.items()}
+    for name, reason in reasons.items():
+        if reason is None:
+            return name
+    told = "; ".join(f"{name!r} {reason}" for name, reason in reasons.items())
+    raise ValueError(f"no published solver fits this noise schedule ({told}); {remedy(model, published)}")
+
+
+def remedy(model: Config, published: Mapping[str, Config]) -> str:
+    """The ways on for a model (full configuration) that was refused a solver."""
+    fitting = [repr(name) for name, artefact in published.items() if mismatch(model, artefact) is None]
+    use = f"use {' or '.join(fitting)}, which fits, " if fitting else ""
+    return f'{use}search one for this model ({SEARCH_COMMAND}) or use solvers="classical"'
+
+
+def mismatch(model: Config, solver: Config) -> str | None:
+    """The reason why the solvers of one full configuration cannot be used on the model of another; None if they can.
+
+    Another resolution shift is no reason, provided that the shift at which they were searched is known.
+    """
+    flow = [config["prediction_type"] == "flow_prediction" for config in (solver, model)]
+    if flow[0] != flow[1]:
+        kinds = ["flow" if f else "vp" for f in flow]
+        return f"is for {kinds[0]} models, this model is {kinds[1]}: it would be meaningless"
+    ours, theirs = _validity(solver), _validity(model)
+    free = set(SHIFT_KEYS) if searched_at(solver) else set()
+    tables = [solver["solvers"], *(solver["guidance_solvers"] or {}).values()]
+    if not any("timesteps" in table for by_count in tables for table in by_count.values()):
+        free.add("invert_sigmas")  # nodes are noise levels, whichever way the network counts its time
+    for key in (key for key in theirs if key not in free):
+        if ours[key] != theirs[key]:
+            return f"was searched with {key} = {ours[key]!r}, this model has {theirs[key]!r}"
+    return None
+
+
+def searched_at(solver: Config) -> dict[str, float | None] | None:
+    """The resolution shift contained in the nodes of a full configuration: recorded, or its own constant shift."""
+    if solver["searched_shift"] is not None:
+        return solver["searched_shift"]
+    if solver["prediction_type"] != "flow_prediction" or solver["use_dynamic_shifting"]:
+        return None
+    return {"factor": solver["shift"], "terminal": solver["shift_terminal"]}
+
+
+def _validity(config: Config) -> dict[str, Any]:
+    """The keys of the noise schedule on which the validity of a solver depends."""
+    if config["prediction_type"] == "flow_prediction":
+        return {key: config[key] for key in ("num_train_timesteps", "invert_sigmas", *SHIFT_KEYS)}
+    facts = {key: config[key] for key in ("num_train_timesteps", *BETA_KEYS)}
+    if facts["trained_betas"] is not None:
+        facts |= {"beta_schedule": "trained_betas", "beta_start": None, "beta_end": None}
+    return facts

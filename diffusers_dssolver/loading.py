@@ -1,0 +1,126 @@
+"""How the scheduler is made from configurations, files and the Hub, and goes to the Hub."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import logging
+
+from .artefacts import carry_over, fill, first_fitting, model_facts
+from .config import CLASSICAL, check_keys, without_old_keys
+from .published import published_config, published_solvers
+
+logger = logging.get_logger(__name__)
+
+
+class SolverFileError(OSError, ValueError):
+    """A solver file that is absent or no JSON: an OSError for diffusers' loaders, a ValueError for users."""
+
+
+class LoadableScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' own two bases disagree
+    """diffusers' loading and saving, with solvers."""
+
+    def register_to_config(self, **kwargs: Any) -> None:
+        """As in diffusers. Some pipelines drop their user's sigmas where the attribute `config.use_flow_sigmas` is
+        true, so it is false; classes that are made from this configuration read the item, which is kept."""
+        super().register_to_config(**kwargs)
+        vars(self.config)["use_flow_sigmas"] = False
+
+    @classmethod
+    def from_published(cls, name: str, **kwargs: Any) -> Any:
+        """A solver that ships with the package (`published_solvers()`), offline. ValueError for an unknown name."""
+        return cls.from_config(published_config(name), **kwargs)
+
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, Any] | None = None, return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """From any scheduler's configuration: flow or vp is inferred, and the solvers are those of
+
+        - the configuration itself, if it has any;
+        - `solvers="classical"`: none, every step count is derived;
+        - `solvers="org/solver"`, a folder or a published name: that artefact, after its noise schedule was compared;
+        - otherwise the first published artefact whose noise schedule is the model's.
+
+        Raises:
+            ValueError: if the artefact belongs to another noise schedule, if none fits, or for an unknown argument.
+        """
+        if not isinstance(config, Mapping):
+            raise ValueError(f"config is {config!r}; pass a scheduler's configuration, such as pipe.scheduler.config")
+        check_keys(config)
+        config = without_old_keys(config)
+        known = cls._get_init_keys(cls) - {"self"}
+        if unknown := sorted(set(kwargs) - known):
+            raise ValueError(f"{cls.__name__} has no argument {unknown[0]!r}; there are: {', '.join(sorted(known))}")
+        facts = model_facts(config)
+        defaults = config.get("_use_default_values", [])
+        given = {**{k: v for k, v in config.items() if k not in defaults}, **facts, **kwargs}
+        source, asked = given.get("solvers"), {key: kwargs[key] for key in kwargs if key == "mean_decay"}
+        if source is None:
+            published = cls._published()
+            source = first_fitting(cls._full(given), published)
+            logger.info(f"using the published solver {source!r}")
+            kwargs |= carry_over(cls._full(given), source, published[source], published) | asked
+        elif isinstance(source, str) and source != CLASSICAL and "solvers" in kwargs:  # a file cannot send us elsewhere
+            kwargs |= carry_over(cls._full(given), source, cls._load_artefact(source), cls._published()) | asked
+        elif "solvers" in kwargs:
+            kwargs.setdefault("mean_decay", None)
+        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **{**facts, **kwargs})
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """As in diffusers; a file that is absent or no JSON object raises `SolverFileError`."""
+        source = str(pretrained_model_name_or_path)
+        try:
+            loaded = super().load_config(pretrained_model_name_or_path, *args, **kwargs)
+        except (OSError, UnicodeDecodeError, RecursionError) as error:
+            raise SolverFileError(f"no solver could be read from {source!r}: {' '.join(str(error).split())}") from error
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        if not isinstance(config, dict):
+            raise SolverFileError(f"{source!r} holds a {type(config).__name__}, not a JSON object")
+        check_keys(config)
+        return loaded
+
+    @classmethod
+    def _load_artefact(cls, source: str) -> dict[str, Any]:
+        """Full configuration of a solver, checked."""
+        config = published_config(source) if source in published_solvers() else dict(cls.load_config(source))
+        if "solvers" not in config:
+            raise ValueError(f"{source!r} is a scheduler configuration without solvers")
+        if not isinstance(config["solvers"], Mapping):
+            raise ValueError(f"{source!r} has no tables; pass solvers={CLASSICAL!r} for classical rows")
+        return dict(cls.from_config(config).config)
+
+    @classmethod
+    def _full(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        arguments = inspect.signature(cls.__init__).parameters
+        return fill(config, {key: argument.default for key, argument in arguments.items() if key != "self"})
+
+    @classmethod
+    def _published(cls) -> dict[str, dict[str, Any]]:
+        return {name: cls._full(published_config(name)) for name in published_solvers()}
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        subfolder: str | None = None,
+    ) -> str:
+        """As in diffusers, with the solver's own card in place of an empty one; an existing card is replaced."""
+        from .card import push  # slow to import: the Hub's client and the pipelines
+
+        scheduler: Any = self
+        message = commit_message or "Upload scheduler"
+        return push(
+            scheduler, repo_id, private, token, commit_message=message, create_pr=create_pr, path_in_repo=subfolder
+        )  # fmt: skip

@@ -1,0 +1,206 @@
+"""What `compare` and `evaluate` run on a model: searched solvers, diffusers' own schedulers, and the model itself.
+
+Every run goes through the pipeline's own call. Network calls are counted, not assumed; noise and conditions of a sample
+follow from its index, so it does not matter which process runs it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from diffusers_dssolver import DSSolverScheduler
+
+from ..console import say
+from ..pipeline.loading import load_pipeline
+from ..pipeline.prompts import prompts_of
+from ..pipeline.sampler import Sampler
+from ..settings import CompareConfig, EvaluateConfig
+from ..storage import Kept, kept
+from ..teacher.ends import model_itself
+from .baselines import Run, family, runs
+from .pictures import as_uint8
+
+LONG_WAIT = InitProcessGroupKwargs(timeout=timedelta(days=1))  # for the slowest process; the default is minutes
+VERSIONS = {"diffusers": diffusers.__version__, "torch": torch.__version__}
+Task = tuple[Path, Callable[[], Kept]]  # a file, and how its contents are made
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Samples of one run.
+
+    Attributes:
+        final: final states (n, ...) on the CPU, in float32 or the pipeline's float64.
+        images: images (n, H, W, C) or frames (n, F, H, W, C), uint8.
+        calls: network calls per sample; a guided pair counts as one.
+        seconds: per sample, decoding included.
+    """
+
+    final: Tensor
+    images: Tensor
+    calls: float
+    seconds: float
+
+
+class Lineup:
+    """A model and the schedulers that run on it.
+
+    Args:
+        config: the model, searched solvers and the names of stock schedulers.
+        split: of the noise.
+        converged_end: `teacher_end` of the converged runs; a solver searched with another one is named. None: there
+            are no converged runs.
+
+    Attributes:
+        model_config: configuration of the model's own scheduler.
+        searched, stock: by name.
+
+    Raises:
+        ValueError: the model, a solver or a scheduler is at fault.
+    """
+
+    def __init__(
+        self,
+        config: CompareConfig | EvaluateConfig,
+        split: str,
+        accelerator: Accelerator,
+        converged_end: float | None = None,
+    ) -> None:
+        self.split, self.talks = split, accelerator.is_main_process
+        self._single_call: float | None = None
+        device = accelerator.device
+        pipe = load_pipeline(config.pretrained_model_name_or_path, config.dtype, device, config.revision)
+        self.model_config = pipe.scheduler.config
+        self.sampler = Sampler(pipe, config.call_arguments, prompts_of(config), config.seed)
+        self.searched = {solver_name(s): self._searched(s, converged_end) for s in config.solver}
+        self.stock = family(self.model_config, config.schedulers)
+
+    def _searched(self, source: str, converged_end: float | None) -> Any:
+        """A searched solver, for the guidance of these runs."""
+        scheduler = DSSolverScheduler.from_config(self.model_config, solvers=source)
+        default = getattr(self.sampler.accepted.get("guidance_scale"), "default", None)
+        guidance = self.sampler.call.get("guidance_scale", default)
+        if scheduler.config.guidance_solvers and isinstance(guidance, (int, float)):
+            return DSSolverScheduler.from_config(scheduler.config, guidance_scale=float(guidance))
+        if (told := _section(scheduler, "call").get("guidance_scale", guidance)) != guidance:
+            self._say(f"{source} was searched at guidance scale {told}, this run is at {guidance}")
+        teacher = _section(scheduler, "teacher")
+        if teacher and converged_end is not None and (end := teacher.get("end", 0.0)) != converged_end:
+            self._say(f"{source} was searched with teacher_end {end}, this reference_end is {converged_end}")
+        return scheduler
+
+    def _say(self, line: str) -> None:
+        if self.talks:
+            say(line)
+
+    # --- runs --------------------------------------------------------------------------------------------------------
+
+    def runs(self, nfe: int) -> Iterator[Run]:
+        """All runs with so many network calls: every searched solver, every stock scheduler in all its spacings."""
+        for name, scheduler in self.searched.items():
+            kind = "searched" if nfe in scheduler.tables else "derived"
+            yield Run(name, nfe, kind, scheduler, nfe, True, f"DSSolverScheduler, {kind} table")
+        for name, stock in self.stock.items():
+            yield from runs(name, stock, nfe, self.model_config, self.sampler.pipe, self.sampler.accepted)
+
+    def sample(self, scheduler: Any, steps: int, indices: Sequence[int], **call: Any) -> Sampled:
+        """One call of the pipeline on these samples.
+
+        Args:
+            call: further arguments of the pipeline's call.
+        """
+        single = self._evaluations_per_call(indices)  # before the clock starts: its run is the warm-up
+        before, began = self.sampler.network_evaluations, time.perf_counter()
+        with self.sampler.using(scheduler), last_state(scheduler) as final:
+            output = self.sampler(indices, self.split, steps, **call)
+        n, seconds = len(indices), time.perf_counter() - began
+        calls = (self.sampler.network_evaluations - before) / n / single
+        images = torch.stack([as_uint8(picture) for picture in output[0]])
+        dtype = torch.promote_types(final[0].dtype, torch.float32)
+        return Sampled(final[0][:n].to("cpu", dtype), images, calls, seconds / n)
+
+    def _evaluations_per_call(self, indices: Sequence[int]) -> float:
+        """Network evaluations of one sample in one network call: two where guidance doubles the batch or calls twice.
+        Measured once, in a run of two steps that does not count."""
+        if self._single_call is None:
+            before, calls = self.sampler.network_evaluations, self.sampler.network_calls
+            with self.sampler.using(model_itself(self.model_config)):
+                self.sampler(indices, self.split, 2)
+            self._single_call = (self.sampler.network_evaluations - before) / len(indices) / 2
+            self.sampler.network_evaluations, self.sampler.network_calls = before, calls
+        return self._single_call
+
+    # --- files -------------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def _model(self) -> list[Any]:
+        return [self.sampler.fingerprint(), str(self.sampler.pipe.dtype), VERSIONS, self.split]
+
+    def digest(self, *facts: Any) -> str:
+        """Name of a file whose contents depend on the model, its call, and these facts."""
+        text = json.dumps([self._model, *facts], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def share(accelerator: Accelerator, tasks: Iterable[Task], title: str) -> list[Path]:
+    """The files of all tasks, in order. Each process makes every n-th file that does not exist; n processes together
+    make all of them."""
+    files = []
+    for number, (file, make) in enumerate(tqdm(tasks, title, disable=not accelerator.is_main_process)):
+        if number % accelerator.num_processes == accelerator.process_index:
+            kept(file, make)
+        files.append(file)
+    return files
+
+
+def batches(count: int, size: int) -> list[range]:
+    """Indices of `count` samples, `size` at a time."""
+    return [range(first, min(first + size, count)) for first in range(0, count, size)]
+
+
+@contextmanager
+def last_state(scheduler: Any) -> Iterator[list[Tensor]]:
+    """A list that holds the state after the scheduler's latest step. Earlier ones are not kept: a converged run has
+    hundreds."""
+    held: list[Tensor] = []
+    take = scheduler.step
+
+    @functools.wraps(take)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        result = take(*args, **kwargs)
+        held[:] = [result[0] if isinstance(result, tuple) else result.prev_sample]
+        return result
+
+    scheduler.step = step
+    try:
+        yield held
+    finally:
+        del scheduler.step
+
+
+def solver_name(source: str) -> str:
+    """Name of a solver in tables: that of its folder, or its repository."""
+    return Path(source).resolve().name if Path(source).is_dir() else source
+
+
+def _section(scheduler: DSSolverScheduler, name: str) -> Mapping[str, Any]:
+    """Part of a solver's provenance; empty if the file holds something else there."""
+    provenance = scheduler.config.provenance
+    section = provenance.get(name) if isinstance(provenance, dict) else None
+    return section if isinstance(section, dict) else {}
