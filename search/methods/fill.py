@@ -79,5 +79,5 @@ def solver_of(entry: Entry) -> Entry:
 
 def entry_of(found: Candidate) -> Entry:
     """A fitted solver as it stands in the state."""
-    how = {"warp": list(found.warp), "ridge": found.ridge, "validation_mse": found.validation_mse}
+    how = {"warp": list(found.step_warp), "ridge": found.ridge, "validation_mse": found.validation_mse}
     return {**found.spec.to_dict(), **how}
