@@ -8,12 +8,14 @@ end so by themselves.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffusers_dssolver import DSSolverScheduler
+from diffusers_dssolver.choose import SolverSet
 from diffusers_dssolver.derive import first_order_end
 from diffusers_dssolver.paths import Path
 from diffusers_dssolver.solver import SolverSpec
@@ -43,12 +45,22 @@ def on_the_line(path: Path, node: Tensor, inside: Tensor, state: Tensor, data: T
     return [float(a) * data + float(s) * noise for a, s in zip(*path.alpha_sigma(inside), strict=True)]
 
 
+@dataclass(frozen=True)
+class _EndedSet(SolverSet):
+    """Classical solvers whose last step begins at `end`."""
+
+    end: float = 0.0
+
+    def classical(self, nodes: Sequence[float]) -> SolverSpec:
+        moved = nodes[0] * even_nodes(len(nodes) - 1, self.end)
+        return first_order_end(super().classical(moved.tolist()))
+
+
 class EndedScheduler(DSSolverScheduler):
     """Takes classical steps, the last one from `config.reference_end`; made by `model_itself`."""
 
-    def _classical(self, nodes: Sequence[float]) -> SolverSpec:
-        moved = nodes[0] * even_nodes(len(nodes) - 1, self.config.reference_end)
-        return first_order_end(super()._classical(moved.tolist()))
+    def _solver_set(self) -> SolverSet:
+        return _EndedSet(**vars(super()._solver_set()), end=self.config.reference_end)
 
 
 def model_itself(model_config: Mapping[str, Any], end: float = 0.0) -> DSSolverScheduler:
