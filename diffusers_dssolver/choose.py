@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 
 import torch
 
 from .derive import Shift, classical, from_neighbours, reshifted, uniform_nodes, warp
-from .grids import TOLERANCE, is_default
+from .grids import TOLERANCE, default_name
 from .paths import FlowPath, Path
 from .solver import MAX_NFE, SolverSpec
 
@@ -42,29 +42,32 @@ class SolverSet:
     ) -> Choice:
         """The solver for what `set_timesteps` was given, and what the user should be told about it.
 
+        A grid is used as it is, unless it is recognisably what a pipeline passes by default and there are tables.
+
         Args:
             nfe: N.
             timesteps: N times of the network, noisiest first.
-            sigmas: N noise levels before the resolution shift, noisiest first. With both, the network is fed the
-                times as they are.
+            sigmas: N noise levels, noisiest first: of a flow model sigmas before the resolution shift, of a vp model
+                sigma/alpha. With both, the network is fed the times as they are.
+                A last entry that is clean data makes no step of the solver, which then has N - 1.
 
         Raises:
             ValueError: for arguments that contradict each other, grids that do not fall, or with `strict` a step
                 count without a table.
         """
+        given = timesteps if sigmas is None else sigmas
         for name, grid in (("timesteps", timesteps), ("sigmas", sigmas)):
             if grid is not None and not 1 <= len(grid) <= MAX_NFE:
                 raise ValueError(f"{name} has {len(grid)} entries; 1 to {MAX_NFE} expected")
-        if timesteps is not None and sigmas is not None:
-            spec, message = self._for_both(timesteps, sigmas)
-        elif timesteps is not None:
-            spec, message = self._for_timesteps(timesteps)
-        elif sigmas is not None:
-            spec, message = self._for_sigmas(sigmas)
-        else:
-            spec, message = self._for_count(nfe)
-        if nfe is not None and nfe != spec.nfe:
-            raise ValueError(f"num_inference_steps is {nfe}, but the schedule given has {spec.nfe} entries")
+        if given is None:
+            return self._for_count(nfe)
+        if timesteps is not None and len(timesteps) != len(given):
+            raise ValueError(
+                f"timesteps has {len(timesteps)} entries, sigmas {len(given)}; given together they must be as many"
+            )
+        spec, message = self._for_times(given) if sigmas is None else self._for_sigmas(given, timesteps)
+        if nfe is not None and nfe not in (len(given), spec.nfe):
+            raise ValueError(f"num_inference_steps is {nfe}, but the schedule given has {len(given)} entries")
         return spec, message
 
     def classical(self, nodes: Sequence[float]) -> SolverSpec:
@@ -97,38 +100,51 @@ class SolverSet:
             spec = reshifted(spec, self.searched_shift, self.shift, self.path)
         return spec, message
 
-    def _for_sigmas(self, sigmas: Sequence[float]) -> Choice:
-        if is_default(sigmas, self.path.num_train_timesteps):
-            return self._for_count(len(sigmas))
+    def _for_sigmas(self, sigmas: Sequence[float], times: Sequence[float] | None) -> Choice:
+        """CogView4 and GLM-Image give both: sigmas are shifted, the times that the network is fed are not."""
         if sigmas[0] < sigmas[-1]:
             raise ValueError(
                 f"sigmas rise from {sigmas[0]} to {sigmas[-1]}: a ramp of EDM noise levels (Cosmos 2), which are "
                 "neither flow nor vp; keep the pipeline's own scheduler"
             )
-        return self.classical(_ended("sigmas", sigmas)), self._told(len(sigmas))
+        nodes = sigmas if isinstance(self.path, FlowPath) else self._nodes_at(sigmas)
+        if self._replaceable(nodes):
+            spec, message = self._for_count(len(nodes))
+            if times is not None:
+                unshifted = warp(torch.tensor(spec.nodes[:-1], dtype=torch.float64), 1 / self.shift.factor)
+                times = self.path.timestep(unshifted).tolist()
+        else:
+            spec, message = self.classical(_ended("sigmas", nodes)), self._told(len(sigmas))
+        return (spec, message) if times is None else (replace(spec, timesteps=tuple(times[: spec.nfe])), message)
 
-    def _for_timesteps(self, timesteps: Sequence[float]) -> Choice:
-        nodes = self.path.node(torch.tensor(timesteps, dtype=torch.float64)).tolist()
-        if isinstance(self.path, FlowPath) and is_default(nodes, self.path.num_train_timesteps):
+    def _for_times(self, times: Sequence[float]) -> Choice:
+        nodes = self.path.node(torch.tensor(times, dtype=torch.float64)).tolist()
+        if self._replaceable(nodes):
             return self._for_count(len(nodes))
-        if len(timesteps) in self.tables:
-            own, message = self._for_count(len(timesteps))
+        if len(times) in self.tables:
+            own, message = self._for_count(len(times))
             tolerance = TOLERANCE * self.path.num_train_timesteps
-            if all(abs(a - b) <= tolerance for a, b in zip(timesteps, self.times(own), strict=True)):
+            if all(abs(a - b) <= tolerance for a, b in zip(times, self.times(own), strict=True)):
                 return own, message
-        return classical(_ended("timesteps", nodes), self.path), self._told(len(timesteps))
+        return classical(_ended("timesteps", nodes), self.path), self._told(len(times))
 
-    def _for_both(self, timesteps: Sequence[float], sigmas: Sequence[float]) -> Choice:
-        """CogView4 and GLM-Image: sigmas are shifted, the times that the network is fed are not."""
-        if len(timesteps) != len(sigmas):
-            raise ValueError(
-                f"timesteps has {len(timesteps)} entries, sigmas {len(sigmas)}; given together they must be as many"
-            )
-        spec, message = self._for_sigmas(sigmas)
-        if is_default(sigmas, self.path.num_train_timesteps):
-            unshifted = warp(torch.tensor(spec.nodes[:-1], dtype=torch.float64), 1 / self.shift.factor)
-            timesteps = self.path.timestep(unshifted).tolist()
-        return SolverSpec(spec.nodes, spec.coefficients, tuple(timesteps)), message
+    def _replaceable(self, nodes: Sequence[float]) -> bool:
+        """Whether these noise levels are a pipeline's default that tables replace.
+
+        The linear-quadratic grid of 8 steps is also the list of the distilled LTX-2. Hence only a table for just as
+        many steps replaces such a grid, never a derived solver.
+        """
+        if not isinstance(self.path, FlowPath) or not (self.tables or self.strict):
+            return False
+        name = default_name(nodes, self.path.num_train_timesteps)
+        return name is not None and (name != "linear-quadratic" or self.strict or len(nodes) in self.tables)
+
+    def _nodes_at(self, levels: Sequence[float]) -> list[float]:
+        """Nodes of noise levels sigma/alpha."""
+        highest = self.path.level(torch.tensor(self.path.first_node, dtype=torch.float64)).item()
+        if not levels[0] <= 1.01 * highest:
+            raise ValueError(f"sigmas[0] is {levels[0]}; sigma/alpha of this model is {highest:.6g} at most")
+        return self.path.node_at(torch.tensor(levels, dtype=torch.float64)).tolist()
 
     def _told(self, nfe: int) -> str | None:
         if not self.tables:
@@ -140,6 +156,7 @@ class SolverSet:
 
 
 def _ended(name: str, nodes: Sequence[float]) -> tuple[float, ...]:
-    if nodes[-1] == 0:
-        raise ValueError(f"{name} ends at clean data, where no network call is made; leave that last entry out")
-    return (*nodes, 0.0)
+    """Nodes with an end at clean data, which is there already or appended."""
+    if nodes[0] == 0:
+        raise ValueError(f"{name} has nothing but clean data; give noise levels, noisiest first")
+    return (*nodes,) if nodes[-1] == 0 else (*nodes, 0.0)

@@ -30,15 +30,15 @@ def default_grids(n: int, num_train_timesteps: int = 1000) -> dict[str, list[flo
     }
 
 
-def is_default(sigmas: Sequence[float], num_train_timesteps: int = 1000) -> bool:
-    """Whether these flow sigmas are a pipeline's default for their number, within 1e-4."""
+def default_name(sigmas: Sequence[float], num_train_timesteps: int = 1000) -> str | None:
+    """Name of the default grid that these flow sigmas are, for their number; None for a grid of the user's own."""
     for name, grid in default_grids(len(sigmas), num_train_timesteps).items():
         tolerances = [TOLERANCE] * len(grid)
-        if name in ("integer", "trained"):  # a product's last digit decides between two whole numbers, not at the ends
+        if name in ("integer", "trained"):  # rounding decides between two whole numbers, except at the ends
             tolerances[1:-1] = [TOLERANCE + 1 / num_train_timesteps] * len(grid[1:-1])
         if all(abs(a - b) <= c for a, b, c in zip(sigmas, grid, tolerances, strict=True)):  # false for NaN
-            return True
-    return False
+            return name
+    return None
 
 
 def _linear_quadratic(n: int, linear_way: float = 0.025) -> list[float]:

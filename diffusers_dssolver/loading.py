@@ -25,6 +25,12 @@ class SolverFileError(OSError, ValueError):
 class LoadableScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' own two bases disagree
     """diffusers' loading and saving, with solvers."""
 
+    def register_to_config(self, **kwargs: Any) -> None:
+        """As in diffusers. Some pipelines drop their user's sigmas where the attribute `config.use_flow_sigmas` is
+        true, so it is false; classes that are made from this configuration read the item, which is kept."""
+        super().register_to_config(**kwargs)
+        vars(self.config)["use_flow_sigmas"] = False
+
     @classmethod
     def from_published(cls, name: str, **kwargs: Any) -> Any:
         """A solver that ships with the package (`published_solvers()`), offline. ValueError for an unknown name."""

@@ -53,6 +53,14 @@ class Path:
         """The inverse of `timestep`, clamped to the path."""
         return (timestep.double() / self.num_train_timesteps).clamp(0, 1)
 
+    def level(self, node: Tensor) -> Tensor:
+        """What diffusers' schedulers list in `sigmas`: sigma/alpha (vp) or the flow's sigma, reversed if inverted."""
+        raise NotImplementedError
+
+    def node_at(self, level: Tensor) -> Tensor:
+        """The inverse of `level`."""
+        raise NotImplementedError
+
     def transition(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """The factors (A_i, B_i), each (N,), of the N steps between N+1 nodes with these alphas and sigmas."""
         raise NotImplementedError
@@ -92,6 +100,12 @@ class FlowPath(Path):
     def node(self, timestep: Tensor) -> Tensor:
         node = Path.node(self, timestep)
         return 1 - node if self.inverted else node
+
+    def level(self, node: Tensor) -> Tensor:
+        return 1 - node if self.inverted else node
+
+    def node_at(self, level: Tensor) -> Tensor:
+        return self.level(level)
 
     def transition(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ones_like(sigma[1:]), sigma[1:] - sigma[:-1]
@@ -142,6 +156,19 @@ class VPPath(Path):
         alpha = torch.rsqrt(1 + ratio * ratio)
         return alpha, ratio * alpha
 
+    def level(self, node: Tensor) -> Tensor:
+        alpha, sigma = self.alpha_sigma(node)
+        return sigma / alpha
+
+    def node_at(self, level: Tensor) -> Tensor:
+        """Exact between timesteps too; levels above the path's own are put at its first node."""
+        log_level = torch.log(level)
+        high = torch.searchsorted(self.log_ratio, log_level).clamp(1, self.num_train_timesteps - 1)
+        low_ratio, high_ratio = self.log_ratio[high - 1], self.log_ratio[high]
+        k = high - 1 + (log_level - low_ratio) / (high_ratio - low_ratio).clamp(min=1e-12)
+        below = level / torch.exp(self.log_ratio[0])  # linear, below timestep 0
+        return (torch.where(below < 1, below, k + 1) / self.num_train_timesteps).clamp(0, 1)
+
     def transition(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         a = sigma[1:] / sigma[:-1]
         return a, alpha[1:] - a * alpha[:-1]
@@ -176,6 +203,13 @@ class ContinuousVPPath(VPPath):
 
     def node(self, timestep: Tensor) -> Tensor:
         return Path.node(self, timestep)
+
+    def node_at(self, level: Tensor) -> Tensor:
+        """The positive root of t^2 (b1 - b0)/4 + t b0/2 = log(1 + level^2)/2."""
+        b0, b1 = self.betas[0] * self.num_train_timesteps, self.betas[-1] * self.num_train_timesteps
+        c = 0.5 * torch.log1p(level * level)
+        t = 2 * c / (0.5 * b0 + torch.sqrt(0.25 * b0 * b0 + (b1 - b0) * c))
+        return torch.where(level > 0, t, 0.0).clamp(0, 1)
 
     def alpha_sigma(self, node: Tensor) -> tuple[Tensor, Tensor]:
         t = node.clamp(0.001, 1)

@@ -150,8 +150,9 @@ class DSSolverScheduler(NoiseSchedule, LoadableScheduler):  # type: ignore[misc]
             num_inference_steps: N, 1 to 1000; `len(self.timesteps)` will be N.
             device: of `self.timesteps`.
             timesteps: N times of the user's own, noisiest first: classical rows on exactly these.
-            sigmas: flow only; N falling sigmas of the user's own: shifted as diffusers does it, with classical rows.
-                Of a grid that some pipeline passes by default (`grids.default_grids`) only the length counts.
+            sigmas: N falling noise levels of the user's own, with classical rows: of a flow model shifted as diffusers
+                does it, of a vp model sigma/alpha, where a last 0 is no step. With tables, only the length counts of a
+                grid that some pipeline passes by default (`grids.default_grids`).
                 With both `timesteps` and `sigmas` the network is fed times without the shift (CogView4).
             mu: flow only; resolution shift computed by a pipeline, used when the configuration has
                 `use_dynamic_shifting`, and remembered for later calls without it.
@@ -160,24 +161,28 @@ class DSSolverScheduler(NoiseSchedule, LoadableScheduler):  # type: ignore[misc]
             ValueError: for no or contradicting arguments, grids that do not fall, flow arguments on a vp solver, or
                 with `strict` a step count that has no table.
         """
-        if (sigmas is not None or mu is not None) and not isinstance(self._path, FlowPath):
-            name = "sigmas" if sigmas is not None else "mu"
+        flow = isinstance(self._path, FlowPath)
+        if mu is not None and not flow:
             raise ValueError(
-                f"{name} given to a vp solver ({self.config.prediction_type}): this is a flow model; load a flow solver"
+                f"mu given to a vp solver ({self.config.prediction_type}): this is a flow model; load a flow solver"
             )
+        grids = [None if grid is None else as_float64(grid).reshape(-1).tolist() for grid in (timesteps, sigmas)]
         before = self._mu
         try:
             if mu is not None:
                 self._mu = float(mu)
-            spec, message = self._solver_set().choose(num_inference_steps, _floats(timesteps), _floats(sigmas))
+            spec, message = self._solver_set().choose(num_inference_steps, *grids)
         except ValueError:
             self._mu = before
             raise
         if message and message not in self._said:
             self._said.add(message)
             logger.warning(message)
-        self._install(spec, device)
-        self.num_inference_steps = spec.nfe
+        # stock flow schedulers list clean data, where it is given, as a step; stock vp schedulers as the end
+        given = grids[0] if sigmas is None else grids[1]
+        listed = spec.nfe if given is None or (sigmas is not None and not flow) else len(given)
+        self._install(spec, device, idle=listed > spec.nfe)
+        self.num_inference_steps = listed
 
     def step(
         self,
@@ -286,10 +291,15 @@ class DSSolverScheduler(NoiseSchedule, LoadableScheduler):  # type: ignore[misc]
         mu = self._mu if self._mu is not None else config.base_shift or 0.0
         return Shift(dynamic_shift(mu, config.time_shift_type), config.shift_terminal)
 
-    def _install(self, spec: SolverSpec, device: str | torch.device | None = None) -> None:
+    def _install(self, spec: SolverSpec, device: str | torch.device | None = None, idle: bool = False) -> None:
+        """Prepare a run of a solver; with `idle` a last step follows, at clean data, which changes nothing."""
         nodes = torch.tensor(spec.nodes, dtype=torch.float64)
         times = torch.tensor(self._solver_set().times(spec), dtype=torch.float64)
-        self._install_tensors(nodes, times, spec.coefficients, device)
+        rows: list[Sequence[Scalar]] = list(spec.coefficients)
+        if idle:
+            nodes, times = torch.cat([nodes, nodes[-1:]]), torch.cat([times, self._path.timestep(nodes[-1:])])
+            rows.append([0.0] * spec.nfe + [1.0])
+        self._install_tensors(nodes, times, rows, device)
 
     def _install_tensors(
         self, nodes: Tensor, times: Tensor, rows: Sequence[Sequence[Scalar]], device: str | torch.device | None
@@ -300,8 +310,7 @@ class DSSolverScheduler(NoiseSchedule, LoadableScheduler):  # type: ignore[misc]
         self._alphas, self._sigmas = scalars(alphas), scalars(sigmas)
         self._history = History(rows, self.config.history_length, self.config.mean_decay)
         self.timesteps = times.to(torch.float32).to(device)
-        ratio = nodes if isinstance(self._path, FlowPath) else sigmas / alphas
-        self.sigmas = (1 - ratio if self.config.invert_sigmas else ratio).to(torch.float32)
+        self.sigmas = self._path.level(nodes).to(torch.float32)
         self._step_index = None
         self._begin_index = None
 
@@ -342,10 +351,6 @@ class DSSolverScheduler(NoiseSchedule, LoadableScheduler):  # type: ignore[misc]
     def _row(self, index: int, x: Tensor) -> Sequence[Scalar]:
         """Weights of the newest quantities at step `index` from state x."""
         return self._history.row(index)
-
-
-def _floats(values: Sequence[float] | Tensor | np.ndarray | None) -> list[float] | None:
-    return None if values is None else as_float64(values).reshape(-1).tolist()
 
 
 def _place(element: Any, vector: Tensor) -> int | None:

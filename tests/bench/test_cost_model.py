@@ -69,13 +69,14 @@ def test_matrices_of_the_blocks_are_the_rest(name, matrices, sizes):
 
 def test_a_backward_pass_to_the_latent_takes_less_than_it_is_charged():
     model = MODELS[1]
+    short = model.config | {"num_layers": 4, "dual_attention_layers": (0, 1)}  # of 24 and 13; all alike
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        network = model.kind(**model.config).eval().requires_grad_(False)
+        network = model.kind(**short).eval().requires_grad_(False)
         inputs = {k: torch.zeros(shape) for k, shape in model.inputs.items()}
         out = network(**{**inputs, "hidden_states": inputs["hidden_states"].requires_grad_()}).sample
         forward = counter.get_total_flops()
         out.sum().backward()
-    assert counter.get_total_flops() / forward - 1 == pytest.approx(1.38, abs=0.01)
+    assert counter.get_total_flops() / forward - 1 == pytest.approx(1.37, abs=0.005)
 
 
 # --- evaluations -----------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_dssolver import DSSolverScheduler, SolverSpec
 from diffusers_dssolver.derive import Shift, classical, corrections, reshifted
-from diffusers_dssolver.grids import is_default
+from diffusers_dssolver.grids import default_name
 from diffusers_dssolver.paths import FlowPath, VPPath, make_betas
 from tests.runtime.test_scheduler import (
     SD_CONFIG,
@@ -80,7 +80,7 @@ def test_of_a_pipelines_default_grid_only_the_length_counts(name, n):
 def test_a_grid_that_is_nearly_a_default_is_the_users_own(name, n, caplog):
     grid = torch.as_tensor(np.array(GRIDS[name](n))).double()
     grid[-1] += 0.004
-    assert not is_default(grid.tolist())
+    assert default_name(grid.tolist()) is None
     scheduler = make_flow(solvers=make_solvers(n))
     with caplog.at_level(logging.WARNING, LOGGER):
         for _ in range(2):
@@ -92,8 +92,8 @@ def test_a_grid_that_is_nearly_a_default_is_the_users_own(name, n, caplog):
 
 def test_only_the_scale_of_training_makes_integers_a_default():
     grid = np.linspace(500, 1.0, 7).astype(np.int64) / 500
-    assert is_default(grid.tolist(), 500)
-    assert not is_default(grid.tolist(), 1000)
+    assert default_name(grid.tolist(), 500) == "integer"
+    assert default_name(grid.tolist(), 1000) is None
 
 
 @pytest.mark.parametrize("mu", [None, 0.7])
@@ -127,12 +127,6 @@ def test_the_default_of_cogview4_feeds_unshifted_times():
 def test_a_rising_ramp_is_refused_with_its_reason():
     with pytest.raises(ValueError, match=r"sigmas rise from 0\.0 to 1\.0: a ramp of EDM"):
         make_flow().set_timesteps(sigmas=torch.linspace(0, 1, 5, dtype=torch.float64))
-
-
-def test_a_last_entry_that_is_clean_data_is_named():
-    for name, grid in (("sigmas", [1.0, 0.5, 0.0]), ("timesteps", [1000, 500, 0])):
-        with pytest.raises(ValueError, match=f"{name} ends at clean data.*leave"):
-            make_flow().set_timesteps(**{name: grid})
 
 
 # --- 3.2 shifts ------------------------------------------------------------------------------------------------------

@@ -136,7 +136,7 @@ def load(text: str | bytes) -> DSSolverScheduler:
 
 def use(scheduler: DSSolverScheduler, nfe: int) -> None:
     """A whole run, with the numbers that such a scheduler promises."""
-    scheduler.set_timesteps(nfe, mu=0.5 if scheduler.config.use_flow_sigmas else None)
+    scheduler.set_timesteps(nfe, mu=0.5 if scheduler.config["use_flow_sigmas"] else None)
     assert len(scheduler.timesteps) == nfe
     assert scheduler.timesteps.isfinite().all()
     assert scheduler.sigmas.isfinite().all()

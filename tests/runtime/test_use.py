@@ -2,11 +2,38 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+
+import diffusers
+import numpy as np
 import pytest
 import torch
+from diffusers import (
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from diffusers.pipelines.flux.pipeline_flux import retrieve_timesteps
 
+from diffusers_dssolver import DSSolverScheduler
+from diffusers_dssolver.paths import ContinuousVPPath, FlowPath, VPPath, make_betas
 from tests.problems import Metal
-from tests.runtime.test_scheduler import ALL_TYPES, make_any, make_solvers, noise
+from tests.runtime.test_contract import GRIDS
+from tests.runtime.test_scheduler import (
+    ALL_TYPES,
+    SD_CONFIG,
+    VP_TYPES,
+    assert_close,
+    make_any,
+    make_flow,
+    make_solvers,
+    make_table,
+    noise,
+    states_of,
+)
 
 # --- devices without float64 -----------------------------------------------------------------------------------------
 
@@ -59,3 +86,147 @@ def test_the_device_refuses_float64():
             with pytest.raises(TypeError, match="float64"):
                 convert()
         assert x.cpu().double().sum() == 2
+
+
+# --- noise belongs to the node, not to what the network is fed -------------------------------------------------------
+
+
+@pytest.mark.parametrize("prediction_type", ALL_TYPES)
+def test_noise_at_an_element_of_the_schedule_is_that_of_its_node(prediction_type):
+    """A search may feed the network other times than its nodes' own; samples are integrated between nodes."""
+    table = {"nodes": [1.0, 0.5, 0.0], "timesteps": [1000.0, 540.0], "coefficients": [[1.0], [-0.5, 1.5]]}
+    fed = make_any(prediction_type, solvers={"2": table})
+    plain = make_any(prediction_type, solvers={"2": {**table, "timesteps": [1000.0, 499.0]}})
+    own = make_any(prediction_type, solvers={"2": {k: v for k, v in table.items() if k != "timesteps"}})
+    for scheduler in (fed, plain, own):
+        scheduler.set_timesteps(2)
+    x, e = noise(3, 4), noise(3, 4, seed=4)
+    for method in ("add_noise", "get_velocity"):
+        for times in (1, slice(0, 2)):
+            wanted = getattr(own, method)(x[:2], e[:2], own.timesteps[times])
+            for convert in (torch.Tensor.float, torch.Tensor.bfloat16, torch.Tensor.half, torch.Tensor.double):
+                assert_close(getattr(fed, method)(x[:2], e[:2], convert(fed.timesteps[times])), wanted, 1e-12)
+        there = (x, e, torch.tensor([540.0, 539.0, 17.0]))  # only the first one is an element
+        assert_close(getattr(fed, method)(*there)[1:], getattr(plain, method)(*there)[1:], 0)
+    if prediction_type == "flow_prediction":
+        assert_close(fed.scale_noise(x, fed.timesteps[1], e), 0.5 * x + 0.5 * e, 1e-12)  # and not .54
+        assert_close(fed.scale_noise(x, 541.0, e), 0.459 * x + 0.541 * e, 1e-12)
+
+
+@pytest.mark.parametrize("prediction_type", ALL_TYPES)
+def test_an_exact_network_takes_a_start_in_the_middle_to_the_data(prediction_type):
+    scheduler = make_any(prediction_type, solvers=make_solvers(5, fed=True))
+    scheduler.set_timesteps(5)
+    data, e = noise(seed=8), noise(seed=9)
+    x = scheduler.add_noise(data, e, scheduler.timesteps[2:3])
+    for i, t in enumerate(scheduler.timesteps[2:], 2):
+        alpha, sigma = (torch.tensor(v[i], dtype=torch.float64) for v in (scheduler._alphas, scheduler._sigmas))
+        answer = {"epsilon": e, "sample": data, "v_prediction": alpha * e - sigma * data, "flow_prediction": e - data}
+        x = scheduler.step(answer[prediction_type], t, x, return_dict=False)[0]
+    assert_close(x, data, 1e-12)
+
+
+# --- a grid that is given is used ------------------------------------------------------------------------------------
+
+LTX2_DISTILLED = [1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875]
+AYS_SDXL = [14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.38, 0.234, 0.113, 0.0]  # diffusers' AysSchedules
+
+
+@pytest.mark.parametrize("read", ["flux", "flux2", "ovis_image"])
+def test_pipelines_do_not_drop_the_users_sigmas(read):
+    """They set `sigmas` to None where the attribute `config.use_flow_sigmas` is true. Other classes, which read the
+    item, must still hear that this is a flow model."""
+    scheduler = make_flow(solvers=make_solvers(4))
+    for s in (scheduler, copy.deepcopy(scheduler), pickle.loads(pickle.dumps(scheduler))):
+        assert hasattr(s.config, "use_flow_sigmas") and not s.config.use_flow_sigmas
+        assert s.config["use_flow_sigmas"] is True
+    scheduler.register_to_config(strict=True)
+    assert not scheduler.config.use_flow_sigmas
+    other = UniPCMultistepScheduler.from_config(scheduler.config)
+    assert other.config.use_flow_sigmas and not DSSolverScheduler.from_config(other.config).config.use_flow_sigmas
+    path = Path(diffusers.__file__).parent / "pipelines" / read / f"pipeline_{read}.py"
+    condition = 'hasattr(self.scheduler.config, "use_flow_sigmas") and self.scheduler.config.use_flow_sigmas'
+    assert condition in path.read_text()  # else this test is of the past
+    own = [1, 0.65, 0.44, 0.29]
+    sigmas = None if eval(condition, {"self": SimpleNamespace(scheduler=scheduler)}) else own
+    times, n = retrieve_timesteps(make_flow(shift=1.577), 28 if sigmas is None else None, sigmas=sigmas)
+    assert n == 4
+    assert times.tolist() == pytest.approx([1000 * 1.577 * s / (1 + 0.577 * s) for s in own], abs=1e-3)
+
+
+@pytest.mark.parametrize("solvers", ["classical", make_solvers(5, 12)], ids=["classical", "tables"])
+def test_distilled_levels_of_ltx_2_are_kept_unless_a_table_has_as_many_steps(solvers):
+    scheduler = make_flow(solvers=solvers)
+    scheduler.set_timesteps(sigmas=LTX2_DISTILLED)
+    assert_close(scheduler.sigmas, torch.tensor([*LTX2_DISTILLED, 0.0]), 1e-7)
+    assert_close(scheduler.timesteps, 1000 * scheduler.sigmas[:-1], 1e-7)
+    scheduler = make_flow(solvers=make_solvers(8))
+    scheduler.set_timesteps(sigmas=LTX2_DISTILLED)
+    assert_close(scheduler.sigmas, torch.tensor(make_table(8)["nodes"]), 1e-7)
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_classical_rows_keep_every_grid(name):
+    """Those of pipelines too: there is no table to prefer."""
+    for n in (2, 6, 9):
+        grid = torch.as_tensor(np.asarray(GRIDS[name](n))).double()
+        scheduler = make_flow()
+        scheduler.set_timesteps(sigmas=grid)
+        assert_close(scheduler.sigmas, torch.cat([grid, torch.zeros(1)]), 1e-7)
+        shifted = make_flow(shift=3.0)
+        shifted.set_timesteps(timesteps=1000 * grid)
+        assert_close(shifted.timesteps, 1000 * grid, 1e-7)
+
+
+@pytest.mark.parametrize("solvers", ["classical", make_solvers(4, 5)], ids=["classical", "tables"])
+@pytest.mark.parametrize("inverted", [False, True])
+def test_a_last_entry_at_clean_data_is_a_step_that_changes_nothing(solvers, inverted):
+    """In the documentation of LTX: timesteps=[1000, 909, 725, 421, 0]; stock schedulers list it too."""
+    scheduler, x = make_flow(solvers=solvers, invert_sigmas=inverted), noise(dtype=torch.float32)
+    times = [1000, 909, 725, 421]
+    own = [1000 - t for t in times] if inverted else times
+    end = 1000 if inverted else 0
+    wanted = states_of(scheduler, x, timesteps=own)
+    got = states_of(scheduler, x, timesteps=[*own, end])
+    assert scheduler.num_inference_steps == len(scheduler.timesteps) == 5
+    assert torch.equal(got[4], wanted[4]) and torch.equal(got[5], wanted[4])
+    theirs = FlowMatchEulerDiscreteScheduler(invert_sigmas=inverted)
+    levels = [t / 1000 for t in times]
+    for s in (scheduler, theirs):
+        s.set_timesteps(sigmas=[*levels, 0.0])
+    assert_close(scheduler.timesteps, theirs.timesteps, 1e-6)
+    assert_close(scheduler.sigmas, theirs.sigmas, 1e-6)
+    scheduler.set_timesteps(5, sigmas=[*levels, 0.0], timesteps=[*own, end])
+    assert_close(scheduler.timesteps, theirs.timesteps, 1e-6)
+    with pytest.raises(ValueError, match="nothing but clean data"):
+        scheduler.set_timesteps(sigmas=[0.0])
+
+
+@pytest.mark.parametrize("prediction_type", VP_TYPES[:2])
+def test_levels_of_a_vp_model_are_sigma_over_alpha(prediction_type):
+    """Align Your Steps (arXiv 2404.14507) on SDXL, as EulerDiscrete takes it: a last 0 is no step."""
+    theirs = EulerDiscreteScheduler(prediction_type=prediction_type, **SD_CONFIG)
+    ours = DSSolverScheduler.from_config(theirs.config, solvers="classical")
+    for s in (theirs, ours):
+        s.set_timesteps(sigmas=AYS_SDXL)
+    assert len(ours.timesteps) == len(theirs.timesteps) == 10 == ours.num_inference_steps
+    assert_close(ours.sigmas[1:], theirs.sigmas[1:], 1e-5)
+    assert_close(ours.timesteps, theirs.timesteps, 1e-4)  # theirs interpolates in float32
+    without = copy.deepcopy(ours)
+    without.set_timesteps(sigmas=AYS_SDXL[:-1])
+    assert torch.equal(without.sigmas, ours.sigmas)
+    x = noise()
+    assert torch.equal(*(states_of(s, x, sigmas=AYS_SDXL)[-1] for s in (ours, without)))
+    with pytest.raises(ValueError, match=r"sigmas\[0\] is 80.0; sigma/alpha of this model is 14.61"):
+        ours.set_timesteps(sigmas=[80.0, 10.0, 1.0])
+
+
+@pytest.mark.parametrize("kind", ["linear", "zero snr", "continuous", "flow", "inverted"])
+def test_nodes_of_levels_are_the_inverse_of_levels_of_nodes(kind):
+    betas = make_betas(1000, 0.0001, 0.02, "linear", None, kind == "zero snr")
+    paths = {"continuous": ContinuousVPPath(betas), "flow": FlowPath(), "inverted": FlowPath(inverted=True)}
+    path = paths.get(kind) or VPPath(betas)
+    nodes = torch.cat([torch.linspace(0.0015, 0.996, 1777), torch.tensor([0.0001])[kind == "continuous" :]]).double()
+    assert_close(path.node_at(path.level(nodes)), nodes, 1e-9)
+    zero = torch.zeros(1, dtype=torch.float64)
+    assert path.node_at(zero if kind != "inverted" else 1 - zero).item() == 0
