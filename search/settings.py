@@ -174,6 +174,7 @@ class SearchConfig(ModelConfig):
         list(GROUPS),
         SOME_GROUPS,
     )
+    parametrisation: str = option("numbers around a fitted solver that they move, by name", "corrections")
     gradient_calls: int = option("gradient: evaluations of loss and gradient on all training samples", 20, COUNT)
     objective: str = option(
         f"gradient: {', '.join(OBJECTIVES)} or {PERCEPTUAL} (of decoded images, up to 6 calls)",

@@ -25,19 +25,19 @@ from ..pipeline.plan import Plan, nodes_from_logits
 from ..settings import STARTS, SearchConfig
 from .gauss_newton import polished
 from .log import Log
-from .problem import DECIMALS, Candidate, Problem, Reduce, Samples, Warp, comparable
+from .problem import DECIMALS, Candidate, Problem, Reduce, Samples, StepWarp, comparable
 
-IDENTITY: Warp = (0.0, 0.0, 0.0)
-MAX_WARP = 15.0  # beyond it step sizes vanish in float64
+IDENTITY: StepWarp = (0.0, 0.0, 0.0)
+MAX_STEP_WARP = 15.0  # beyond it step sizes vanish in float64
 KEEP = 5  # warps of the best start that are fitted again to all training samples
 RIDGE_FACTORS = (10, 100)  # tried on the best warp besides the ridge that the search ran with
 
 
-def warped_nodes(warp: Sequence[float], nfe: int) -> Tensor:
+def warped_nodes(step_warp: Sequence[float], nfe: int) -> Tensor:
     """nfe + 1 nodes from 1 to 0 whose step sizes are softmax(a u + b u^2 + c u^3); (nfe + 1,) float64."""
     u = torch.linspace(-1, 1, nfe, dtype=torch.float64) if nfe > 1 else torch.zeros(1, dtype=torch.float64)
     powers = torch.stack([u, u**2, u**3])
-    return nodes_from_logits(torch.tensor(warp, dtype=torch.float64) @ powers)
+    return nodes_from_logits(torch.tensor(step_warp, dtype=torch.float64) @ powers)
 
 
 class RowFit:
@@ -68,10 +68,10 @@ class RowFit:
         return [w + d for w, d in zip(self.row, [*delta, -sum(delta)], strict=True)]
 
 
-def fit(problem: Problem, nfe: int, warp: Sequence[float], ridge: float, samples: Samples) -> Candidate:
+def fit(problem: Problem, nfe: int, step_warp: Sequence[float], ridge: float, samples: Samples) -> Candidate:
     """Closed-form rows on warped nodes, fitted to these training samples; costs nfe evaluations a sample, one less
     where the first is known."""
-    plan = Plan(warped_nodes(warp, nfe), [[1.0]])
+    plan = Plan(warped_nodes(step_warp, nfe), [[1.0]])
     batches = list(problem.batches(samples, plan, keep=True))
     angles = problem.student.angles(plan.unshifted_nodes)
     for i in range(1, nfe):
@@ -80,7 +80,7 @@ def fit(problem: Problem, nfe: int, warp: Sequence[float], ridge: float, samples
             batch.run(plan, shared_calls=i, until=i, watch=(batch.teacher.at(angles[i + 1]), row))
         plan = replace(plan, rows=[*(plan.rows or ()), row.solve(problem.reduce)])
     errors = [batch.errors(plan, shared_calls=nfe) for batch in batches]
-    a, b, c = map(float, warp)
+    a, b, c = map(float, step_warp)
     return Candidate((a, b, c), ridge, plan, problem.student.spec(plan), problem.mean_square(torch.cat(errors)))
 
 
@@ -102,20 +102,20 @@ class Fits:
     log: Log
     advance: Callable[..., None] = lambda **figures: None
 
-    def __call__(self, warp: Sequence[float], ridge: float, on_trial_samples: bool = False) -> Candidate:
-        a, b, c = map(float, warp)
+    def __call__(self, step_warp: Sequence[float], ridge: float, on_trial_samples: bool = False) -> Candidate:
+        a, b, c = map(float, step_warp)
         problem, which = self.problem, "trial" if on_trial_samples else "train"
         samples = problem.trial if on_trial_samples else problem.train
         task = {"nfe": self.nfe, "warp": [a, b, c], "ridge": ridge, "samples": which}
         if known := self.log.recall(task):
             spec = SolverSpec.from_dict(known["spec"])
-            plan = Plan(warped_nodes(warp, self.nfe), [list(row) for row in spec.coefficients])
+            plan = Plan(warped_nodes(step_warp, self.nfe), [list(row) for row in spec.coefficients])
             self.advance()
             with problem.student.sampler.uncounted():  # its first network calls were counted when it was made
                 list(problem.batches(samples, plan))
             return Candidate((a, b, c), ridge, plan, spec, known["train_mse"])
         before = self.log.evaluations()
-        found = fit(problem, self.nfe, warp, ridge, samples)
+        found = fit(problem, self.nfe, step_warp, ridge, samples)
         self.advance(mse=f"{found.train_mse:.3g}")
         self.log.trial(found)
         result = {"spec": found.spec.to_dict(), "train_mse": found.train_mse}
@@ -123,12 +123,12 @@ class Fits:
         return found
 
 
-class _WarpSearch:
+class _StepWarpSearch:
     """Nelder-Mead over warps on the trial samples, which can be stopped and gone on with."""
 
     def __init__(self, fits: Fits, ridge: float, simplex: np.ndarray) -> None:
         self.fits, self.ridge, self.simplex = fits, ridge, simplex
-        self.seen: dict[Warp, Candidate] = {}
+        self.seen: dict[StepWarp, Candidate] = {}
 
     def go(self, trials: int) -> None:
         """So many more warps."""
@@ -141,16 +141,16 @@ class _WarpSearch:
     def best(self, count: int) -> list[Candidate]:
         return sorted(self.seen.values(), key=lambda c: comparable(c.train_mse))[:count]
 
-    def _error(self, warp: np.ndarray) -> float:
-        if np.abs(warp).sum() > MAX_WARP:
+    def _error(self, step_warp: np.ndarray) -> float:
+        if np.abs(step_warp).sum() > MAX_STEP_WARP:
             return np.inf
-        a, b, c = warp.tolist()
+        a, b, c = step_warp.tolist()
         if (a, b, c) not in self.seen:
             self.seen[a, b, c] = self.fits((a, b, c), self.ridge, on_trial_samples=True)
         return comparable(np.log(self.seen[a, b, c].train_mse + 1e-30))
 
 
-def search_warp(fits: Fits, trials: int, ridge: float, starts: Sequence[Warp] = (IDENTITY,)) -> Candidate:
+def search_step_warp(fits: Fits, trials: int, ridge: float, starts: Sequence[StepWarp] = (IDENTITY,)) -> Candidate:
     """The best solver on validation samples.
 
     Every start gets half of the trials. The start whose best warp, fitted again to all training samples, does best
@@ -159,31 +159,32 @@ def search_warp(fits: Fits, trials: int, ridge: float, starts: Sequence[Warp] = 
     """
     half = trials if len(starts) == 1 else -(-trials // 2)
     simplex = np.array([IDENTITY, *(0.8 * np.eye(3))])
-    searches = [_WarpSearch(fits, ridge, np.array(start) + simplex) for start in starts]
+    searches = [_StepWarpSearch(fits, ridge, np.array(start) + simplex) for start in starts]
     firsts = []
     for one in searches:
         one.go(half)
-        firsts.append(fits(one.best(1)[0].warp, ridge))
+        firsts.append(fits(one.best(1)[0].step_warp, ridge))
     taken = min(range(len(starts)), key=lambda k: comparable(firsts[k].train_mse))
     searches[taken].go(trials - half)
     finalists = [
-        firsts[taken] if c.warp == firsts[taken].warp else fits(c.warp, ridge) for c in searches[taken].best(KEEP)
+        firsts[taken] if c.step_warp == firsts[taken].step_warp else fits(c.step_warp, ridge)
+        for c in searches[taken].best(KEEP)
     ]
     best = min(finalists, key=lambda c: comparable(c.train_mse))
-    finalists += [fits(best.warp, ridge * factor) for factor in RIDGE_FACTORS]
+    finalists += [fits(best.step_warp, ridge * factor) for factor in RIDGE_FACTORS]
     return min((validated(fits.problem, c) for c in finalists), key=lambda c: comparable(c.validation_mse))
 
 
-def fits_of(trials: int, starts: int) -> int:
-    """How many fits `search_warp` makes at most."""
-    return trials + (starts - 1) * -(-trials // 2) + starts - 1 + min(KEEP, trials) + len(RIDGE_FACTORS)
+def fits_of(trials: int, starts: int) -> tuple[int, int]:
+    """How many fits `search_step_warp` makes at most: to trial samples, to all training samples."""
+    return trials + (starts - 1) * -(-trials // 2), starts - 1 + min(KEEP, trials) + len(RIDGE_FACTORS)
 
 
 def fitted(problem: Problem, nfe: int, settings: SearchConfig, log: Log) -> Candidate:
     """The closed form alone, with the trials and starts of the settings."""
     starts = STARTS[: settings.starts]
-    with log.progress(f"closed form, {nfe} calls", "fit", fits_of(settings.trials, len(starts))) as advance:
-        return search_warp(Fits(problem, nfe, log, advance), settings.trials, settings.ridge, starts)
+    with log.progress(f"closed form, {nfe} calls", "fit", sum(fits_of(settings.trials, len(starts)))) as advance:
+        return search_step_warp(Fits(problem, nfe, log, advance), settings.trials, settings.ridge, starts)
 
 
 def closed_form(problem: Problem, nfe: int, settings: SearchConfig, log: Log) -> Candidate:

@@ -52,7 +52,8 @@ def _fitted(problem: Problem, nfe: int, settings: SearchConfig, searched: Mappin
         found = validated(problem, Fits(problem, nfe, log)(warp, searched[nearest]["ridge"]))
     if nfe > settings.fill_polish_nfe:
         return found
-    return polish(problem, found, parametrised(problem, found, settings.search_over), settings.polish)
+    numbers = parametrised(problem, found, settings.search_over, settings.parametrisation)
+    return polish(problem, found, numbers, settings.polish)
 
 
 def derived(problem: Problem, nfe: int, searched: Mapping[int, Entry]) -> Entry:
@@ -78,5 +79,5 @@ def solver_of(entry: Entry) -> Entry:
 
 def entry_of(found: Candidate) -> Entry:
     """A fitted solver as it stands in the state."""
-    how = {"warp": list(found.warp), "ridge": found.ridge, "validation_mse": found.validation_mse}
+    how = {"warp": list(found.step_warp), "ridge": found.ridge, "validation_mse": found.validation_mse}
     return {**found.spec.to_dict(), **how}

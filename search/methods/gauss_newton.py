@@ -123,8 +123,8 @@ def polish(
 
 
 def polished(problem: Problem, candidate: Candidate, settings: SearchConfig, log: Log) -> Candidate:
-    """`polish` with the iterations and free groups of the settings."""
-    numbers = parametrised(problem, candidate, settings.search_over)
+    """`polish` with the iterations, parametrisation and free groups of the settings."""
+    numbers = parametrised(problem, candidate, settings.search_over, settings.parametrisation)
     batches = -(-len(problem.train) // problem.batch_size)
     differences = settings.polish * batches * numbers.count
     with log.progress(f"polish, {candidate.nfe} calls", "difference", differences) as advance:

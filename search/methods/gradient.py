@@ -177,7 +177,8 @@ class PerceptualDescent(Descent):
 def gradient(problem: Problem, nfe: int, settings: SearchConfig, log: Log) -> Candidate:
     """The method: the closed form, then a descent of the groups that get gradients."""
     found = closed_form(problem, nfe, settings, log)
-    parameters = parametrised(problem, found, [g for g in settings.search_over if g in problem.differentiable])
+    free = [group for group in settings.search_over if group in problem.differentiable]
+    parameters = parametrised(problem, found, free, settings.parametrisation)
     figures: dict[str, float] = {}
     if not parameters.count:
         log.stage("gradient", found)

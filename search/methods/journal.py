@@ -98,7 +98,7 @@ class SearchLog(Log):
                 file.write(json.dumps({**facts, "seconds_since_start": round(time.time() - self.started, 2)}) + "\n")
 
     def trial(self, candidate: Candidate) -> None:
-        tried = {"nfe": candidate.nfe, "warp": list(candidate.warp), "ridge": candidate.ridge}
+        tried = {"nfe": candidate.nfe, "warp": list(candidate.step_warp), "ridge": candidate.ridge}
         self.write(**tried, train_mse=candidate.train_mse, network_evaluations=self.evaluations())
 
     def call(self, **figures: Any) -> None:

@@ -19,7 +19,7 @@ from ..settings import GROUPS
 from ..teacher.ends import even_nodes
 from ..teacher.trajectories import TeacherTrajectory
 
-Warp = tuple[float, float, float]
+StepWarp = tuple[float, float, float]
 Reduce = Callable[[Tensor], Tensor]
 # Round solutions of linear systems: later digits depend on the order in which batches and processes are summed.
 DECIMALS = 7
@@ -35,13 +35,13 @@ class Candidate:
     """One solver that was found.
 
     Attributes:
-        warp, ridge: what its rows were fitted with.
+        step_warp, ridge: what its rows were fitted with.
         plan: its unshifted nodes, rows and offsets.
         spec: the solver as it is published.
         train_mse, validation_mse: of final states, on the samples it was fitted to and on held-out ones.
     """
 
-    warp: Warp
+    step_warp: StepWarp
     ridge: float
     plan: Plan
     spec: SolverSpec

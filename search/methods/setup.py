@@ -22,14 +22,16 @@ from ..processes import reduced
 from ..settings import GROUPS, PERCEPTUAL, SearchConfig
 from ..teacher.ends import check_end
 from ..teacher.trajectories import Teacher, teacher_trajectory
+from .parameters import PARAMETRISATIONS
 from .perceptual import MOST_CALLS, Perceptual
 from .preflight import Preflight
 from .problem import Problem, Samples
 
 # settings that change neither what a solver is fitted to nor how
 NOT_IN_KEY = ("nfe", "output_dir", "batch_size", "fill_nfe", "resume_from_checkpoint")
-# settings that are gone, at their defaults: folders of searches that did not use them keep their keys
+# settings that are gone or came later, at their defaults: folders of searches that do not use them keep their keys
 GONE = {"guidance_scales": [], "teacher_scheduler": "", "optimizer": "lbfgs"}
+LATER = {"parametrisation": "corrections"}
 
 
 class Setup:
@@ -54,13 +56,17 @@ class Setup:
         self.student = Student(self.sampler)
         check_end("teacher_end", settings.teacher_end, pipe.scheduler.config)
         self.teacher = Teacher(settings.teacher_steps, settings.teacher_order, settings.teacher_end)
+        if settings.parametrisation not in PARAMETRISATIONS:
+            known = " or ".join(PARAMETRISATIONS)
+            raise ValueError(f"parametrisation is {settings.parametrisation!r}; it must be {known}")
         self.differentiable: tuple[str, ...] = GROUPS
         self.perceptual: Perceptual | None = None
         if settings.objective == PERCEPTUAL and settings.method == "gradient" and min(settings.nfe) <= MOST_CALLS:
             network = load_feature_network(str(settings.feature_network), device)
             self.perceptual = Perceptual(network, self.student)
         check_shares(settings, accelerator.num_processes)
-        made_of: list[Any] = [{k: v for k, v in asdict(settings).items() if k not in NOT_IN_KEY} | GONE]
+        told = asdict(settings).items()
+        made_of: list[Any] = [{k: v for k, v in told if k not in NOT_IN_KEY and LATER.get(k) != v} | GONE]
         made_of += [self.sampler.fingerprint()] + ([self.perceptual.network.digest] if self.perceptual else [])
         self.key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 

@@ -12,21 +12,28 @@ from torch import Tensor
 
 
 class Recorder:
-    """The states of one run, first to last: what its first step is given, then what each step returns."""
+    """The states of one run.
 
-    def __init__(self) -> None:
+    Args:
+        all_states: keep every state; False: the latest alone, for runs of hundreds of steps.
+
+    Attributes:
+        states: first to last: what the first step was given, then what each step returned.
+        steps_taken: in the run that goes on.
+    """
+
+    def __init__(self, all_states: bool = True) -> None:
+        self.all_states, self.steps_taken = all_states, 0
         self.states: list[Tensor] = []
-
-    @property
-    def steps_taken(self) -> int:
-        """In the run that goes on."""
-        return max(len(self.states) - 1, 0)
 
     def note(self, sample: Tensor, result: Any) -> None:
         """One step: its input (B, ...) and what it returned."""
-        if not self.states:
+        if not self.all_states:
+            self.states.clear()
+        elif not self.states:
             self.states.append(sample)
         self.states.append(state_of(result))
+        self.steps_taken += 1
 
     @contextmanager
     def watching(self, scheduler: Any) -> Iterator[Recorder]:

@@ -541,7 +541,7 @@ def precision(families: Sequence[str], nfe: int = 5, samples: int = 48) -> None:
                 for split, n in (("train", samples), ("validation", samples // 2))
             ]
             problem = Problem(student, *splits, samples // 2)
-            warped = closed_form.search_warp(closed_form.Fits(problem, nfe, Log()), 25, 1e-4)
+            warped = closed_form.search_step_warp(closed_form.Fits(problem, nfe, Log()), 25, 1e-4)
             found = polish(problem, warped, parametrised(problem, warped), 1)
             run = in_bfloat16.run(Plan.of(found.spec), range(samples), "test")
             mse = (run.final - test.final).square().mean().item()

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from dssolver_search.methods import search as run_module
-from dssolver_search.methods.gauss_newton import Polish, around
+from dssolver_search.methods.closed_form import fit
+from dssolver_search.methods.gauss_newton import Polish, parametrised
 from dssolver_search.methods.gradient import Descent
 from dssolver_search.methods.objective import terminal_loss
 from dssolver_search.methods.setup import check_shares
@@ -141,19 +142,19 @@ def test_more_processes_than_held_out_samples_are_refused():
 
 
 def test_bytes_that_are_summed():
-    form, _ = searched("flow")
     sums = []
-    form = dataclasses.replace(form, reduce=lambda tensor: sums.append(tensor.nbytes) or tensor)
-    found = form.fit(4, WARP, 1e-4)
+    problem = dataclasses.replace(searched("flow"), reduce=lambda tensor: sums.append(tensor.nbytes) or tensor)
+    found = fit(problem, 4, WARP, 1e-4, problem.train)
+    newton = Polish(problem, found, parametrised(problem, found))
     row, descent, polished = reduced_bytes(4)
-    assert numbers(4) == Polish(form, found).count == 3 + 6 + 4
+    assert numbers(4) == newton.count == 3 + 6 + 4
     assert sums == [8 * 1 * 2, 8 * 2 * 3, row, 16] and row == 8 * 3 * 4  # three rows, then the error
     sums.clear()
-    Polish(form, found).step(torch.zeros(13, dtype=torch.float64), lambda: None)
+    newton.steps(torch.zeros(13, dtype=torch.float64))
     assert sum(sums) == polished == 8 * (13 * 13 + 13)
-    problem = Descent(form, found, around(form, found), terminal_loss)
+    descending = Descent(problem, found, parametrised(problem, found), terminal_loss)
     sums.clear()
-    problem.value()
+    descending.value()
     assert sums == [descent] == [8 * (13 + 1)]
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from diffusers_dssolver import SolverSpec
 from diffusers_dssolver.paths import FlowPath
 from dssolver_search.methods import closed_form
-from dssolver_search.methods.closed_form import Fits, RowFit, fit, search_warp, validated, warped_nodes
+from dssolver_search.methods.closed_form import Fits, RowFit, fit, search_step_warp, validated, warped_nodes
 from dssolver_search.methods.gauss_newton import DAMPINGS, Polish, parametrised, polish
 from dssolver_search.methods.log import Log
 from dssolver_search.methods.problem import DECIMALS
@@ -178,19 +178,19 @@ class Trials(Log):
 def test_search_returns_its_best_on_held_out_samples(family):
     problem = dataclasses.replace(searched(family), num_trial_samples=2)
     log = Trials()
-    found = search_warp(Fits(problem, 3, log), trials=7, ridge=1e-4)
+    found = search_step_warp(Fits(problem, 3, log), trials=7, ridge=1e-4)
     trials = log.seen
     assert len(trials) == 7 + 5 + 2
-    assert [t.warp for t in trials[:4]] == [(0, 0, 0), (0.8, 0, 0), (0, 0.8, 0), (0, 0, 0.8)]
+    assert [t.step_warp for t in trials[:4]] == [(0, 0, 0), (0.8, 0, 0), (0, 0.8, 0), (0, 0, 0.8)]
     few = problem.train.part(0, 2)
     assert trials[1].spec == fit(problem, 3, (0.8, 0, 0), 1e-4, few).spec  # warps are compared on two samples
     best = sorted(trials[:7], key=lambda t: t.train_mse)[:5]
     again = trials[7:12]
-    assert [t.warp for t in again] == [t.warp for t in best]
-    assert again[0].spec == fit(problem, 3, best[0].warp, 1e-4, problem.train).spec  # and fitted again to all four
+    assert [t.step_warp for t in again] == [t.step_warp for t in best]
+    assert again[0].spec == fit(problem, 3, best[0].step_warp, 1e-4, problem.train).spec  # and fitted again to all four
     first = min(again, key=lambda t: t.train_mse)
-    assert [(t.warp, t.ridge) for t in trials[12:14]] == [(first.warp, 1e-3), (first.warp, 1e-2)]
-    scores = [problem.score(Plan(warped_nodes(t.warp, 3), t.spec.coefficients)) for t in trials[7:14]]
+    assert [(t.step_warp, t.ridge) for t in trials[12:14]] == [(first.step_warp, 1e-3), (first.step_warp, 1e-2)]
+    scores = [problem.score(Plan(warped_nodes(t.step_warp, 3), t.spec.coefficients)) for t in trials[7:14]]
     assert found.validation_mse == pytest.approx(min(scores), rel=1e-9)
     assert found.validation_mse < 0.8 * min(problem.score(Plan(warped_nodes((0, 0, 0), 3), order=o)) for o in (1, 2, 3))
 
@@ -201,19 +201,19 @@ def test_the_best_of_several_starts_is_taken(monkeypatch):
     kinds, plain = [], closed_form.fit
     monkeypatch.setattr(closed_form, "fit", lambda *args: kinds.append(len(args[-1]) < 4) or plain(*args))
     starts = closed_form.STARTS[:3]
-    found = search_warp(Fits(dataclasses.replace(problem, num_trial_samples=3), 4, log), trials, 1e-4, starts)
+    found = search_step_warp(Fits(dataclasses.replace(problem, num_trial_samples=3), 4, log), trials, 1e-4, starts)
     candidates = log.seen
     assert kinds == [*([True] * 3 + [False]) * 3, *[True] * 3, *[False] * (len(kinds) - 15)]
     groups, firsts = [candidates[k : k + 3] for k in (0, 4, 8)], candidates[3:12:4]
-    assert [group[0].warp for group in groups] == list(starts)  # half of the trials each, no warp twice
-    assert [c.warp for c in firsts] == [min(group, key=lambda c: c.train_mse).warp for group in groups]
+    assert [group[0].step_warp for group in groups] == list(starts)  # half of the trials each, no warp twice
+    assert [c.step_warp for c in firsts] == [min(group, key=lambda c: c.train_mse).step_warp for group in groups]
     taken = min(range(3), key=lambda k: firsts[k].train_mse)
     assert taken != 0  # else one start would do here
     tried = [*groups[taken], *candidates[12:15]]  # and the other half by the best
-    assert len({c.warp for c in tried}) == trials
-    finalists = [c.warp for c in sorted(tried, key=lambda c: c.train_mse)[:5]]
-    assert [w for w in finalists if w != firsts[taken].warp] == [c.warp for c in candidates[15:-2]]
-    assert found.warp in finalists
+    assert len({c.step_warp for c in tried}) == trials
+    finalists = [c.step_warp for c in sorted(tried, key=lambda c: c.train_mse)[:5]]
+    assert [w for w in finalists if w != firsts[taken].step_warp] == [c.step_warp for c in candidates[15:-2]]
+    assert found.step_warp in finalists
 
 
 def test_fits_of_a_killed_run_are_recalled():

@@ -21,13 +21,13 @@ from dssolver_search.methods.closed_form import fit, validated, warped_nodes
 from dssolver_search.methods.gauss_newton import parametrised
 from dssolver_search.methods.gradient import BACKWARD, PATIENCE, Descent
 from dssolver_search.methods.objective import OBJECTIVES, mixed_loss, paper_loss, terminal_loss, trajectory_loss
-from dssolver_search.methods.parameters import CorrectionParameters, PaperParameters, current
+from dssolver_search.methods.parameters import PARAMETRISATIONS, CorrectionParameters, PaperParameters, current
 from dssolver_search.methods.preflight import Preflight
 from dssolver_search.pipeline.plan import Plan
 from dssolver_search.settings import GROUPS
 from dssolver_search.settings import OBJECTIVES as NAMED
 from tests.families import WARP, both, make_pipe, make_student, problem_of, searched
-from tests.searches import CLOSED_FORM, lines_of, search
+from tests.searches import CLOSED_FORM, lines_of, refused, search
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torchvision.*")
 
@@ -353,3 +353,18 @@ def test_search_over_limits_the_polish_too(model, tmp_path, monkeypatch):
     assert seen == [["coefficients"]]
     table = json.loads((tmp_path / "scheduler_config.json").read_text())["solvers"]["3"]
     assert "timesteps" not in table
+
+
+def test_a_parametrisation_is_chosen_by_name(model, tmp_path, monkeypatch, capsys):
+    seen = []
+
+    def weights(start, slopes, free):
+        seen.append((start.nfe, list(free)))
+        return CorrectionParameters(start, slopes, ["coefficients"])
+
+    monkeypatch.setitem(PARAMETRISATIONS, "weights", weights)
+    search(model, tmp_path, GRADIENT, parametrisation="weights", gradient_calls=1)
+    assert seen == [(3, list(GROUPS))] * 2  # polish and gradient
+    assert "timesteps" not in json.loads((tmp_path / "scheduler_config.json").read_text())["solvers"]["3"]
+    line = refused(capsys, lambda: search(model, tmp_path / "other", GRADIENT, parametrisation="magic"))
+    assert "parametrisation is 'magic'; it must be corrections or weights" in line

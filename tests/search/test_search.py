@@ -202,8 +202,10 @@ def test_fewer_calls_than_any_searched_are_searched(models, tmp_path, monkeypatc
     """Not fitted on the warp of more calls: the solver is that of a search which asks for them, before any polish."""
     settings = {"trials": 4, "starts": 2, "polish": 0}
     search(models["flow"], tmp_path / "asked", nfe=[3], fill_nfe=[], **settings)
-    searched, find = [], closed_form.search_warp
-    monkeypatch.setattr(closed_form, "search_warp", lambda fits, *rest: searched.append(fits.nfe) or find(fits, *rest))
+    searched, find = [], closed_form.search_step_warp
+    monkeypatch.setattr(
+        closed_form, "search_step_warp", lambda fits, *rest: searched.append(fits.nfe) or find(fits, *rest)
+    )
     search(models["flow"], tmp_path / "filled", nfe=[4], fill_nfe=[3, 5], **settings)
     assert searched == [4, 3]
     asked, filled = (DSSolverScheduler.from_pretrained(tmp_path / name).config for name in ("asked", "filled"))

@@ -217,6 +217,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 sys.path.insert(0, {str(root)!r})
 spec = spec_from_file_location("dssolver_search", {str(root / "search" / "__init__.py")!r})
 sys.modules["dssolver_search"] = module_from_spec(spec)
+from dssolver_search import console
 from dssolver_search.cli import main
 try:
     main(["search", "--help"])
