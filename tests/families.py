@@ -68,7 +68,7 @@ def make_student(pipe, guidance_scale=1.5, seed=0, **options):
 
 def trajectory_of(student, indices=range(4), split="train", steps=20, order=3, end=0.0, **options):
     """A teacher trajectory without a progress bar."""
-    return teacher_trajectory(student, Teacher(steps, order, end), indices, split, 4, progress=False, **options)
+    return teacher_trajectory(student, Teacher(steps, order, end), indices, split, 16, progress=False, **options)
 
 
 def problem_of(student, samples=4, steps=60, **options):

@@ -80,11 +80,11 @@ def test_float32_states_are_a_float32_solver_around_the_networks_of_the_run(fami
 @both
 def test_roundings_of_a_teacher_do_not_add_up(family):
     student = make_student(make_pipe(family, dtype=torch.bfloat16))
-    plans = [Plan(even_nodes(400), order=3, float32_states=kept) for kept in (False, True)]
+    plans = [Plan(even_nodes(100), order=3, float32_states=kept) for kept in (False, True)]
     rounded, kept = (student.run(plan, range(4), "train").final.float() for plan in plans)
-    made = trajectory_of(student, steps=400)
+    made = trajectory_of(student, steps=100)
     assert torch.equal(made.final, kept)  # trajectories are made that way
-    half = trajectory_of(student, steps=200).final
+    half = trajectory_of(student, steps=50).final
     assert (kept - half).square().mean() < 0.1 * (rounded - half).square().mean()
 
 
@@ -123,7 +123,7 @@ def test_a_search_in_bfloat16_runs_in_it(tmp_path):
 @both
 def test_polish_gains_in_bfloat16(family):
     """Differences that drown in its roundings would give noise for a Jacobian."""
-    problem = problem_of(make_student(make_pipe(family, dtype=torch.bfloat16)), 16, steps=100, batch_size=16)
+    problem = problem_of(make_student(make_pipe(family, dtype=torch.bfloat16)), 16, steps=50, batch_size=16)
     found = validated(problem, fit(problem, 4, (0.0, 0.0, 0.0), 1e-4, problem.train))
     [batch] = problem.batches(problem.train)
     run = batch.run(found.plan)
