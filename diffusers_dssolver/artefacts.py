@@ -71,6 +71,30 @@ def first_fitting(model: Config, published: Mapping[str, Config]) -> str:
     raise ValueError(f"no published solver fits this noise schedule ({told}); {remedy(model, published)}")
 
 
+def consistent(changes: Config, config: Config, tables: bool) -> dict[str, Any]:
+    """Changes of a scheduler's configuration, with what follows from them.
+
+    Args:
+        config: the full configuration before.
+        tables: whether it has solvers in use.
+
+    Raises:
+        ValueError: if the noise schedule changes to one for which the solvers were not searched.
+    """
+    changes = {key: value for key, value in changes.items() if key not in config or config[key] != value}
+    if changes.get("flow_shift") is not None:
+        changes.setdefault("shift", changes["flow_shift"])
+    elif "shift" in changes and "flow_shift" in config:
+        changes["flow_shift"] = changes["shift"]
+    if tables and "solvers" not in changes:
+        at = searched_at(config)
+        if at is not None and set(changes) & set(SHIFT_KEYS):
+            changes.setdefault("searched_shift", at)
+        if reason := mismatch({**config, **changes}, config):
+            raise ValueError(f"the solvers of this scheduler cannot follow: it {reason}; make one with from_config")
+    return changes
+
+
 def remedy(model: Config, published: Mapping[str, Config]) -> str:
     """The ways on for a model (full configuration) that was refused a solver."""
     fitting = [repr(name) for name, artefact in published.items() if mismatch(model, artefact) is None]
