@@ -12,7 +12,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
 
 from .artefacts import carry_over, consistent, fill, first_fitting, model_facts
-from .config import CLASSICAL, check, check_keys, without_old_keys
+from .config import CLASSICAL, SCHEDULE_KEYS, check, check_keys, without_old_keys
 from .derive import Shift
 from .paths import Path
 from .published import published_config, published_solvers
@@ -21,6 +21,12 @@ from .solver import SolverSpec
 logger = logging.get_logger(__name__)
 
 UNWATCHED = {"self", "use_flow_sigmas"}
+COMPONENT_OPTIONS = {
+    "variant", "torch_dtype", "dtype", "use_safetensors", "device_map", "max_memory", "low_cpu_mem_usage",
+    "offload_folder", "offload_state_dict", "trust_remote_code", "use_flashpack", "disable_mmap", "quantization_config",
+    "provider", "sess_options", "provider_options", "use_onnx", "custom_pipeline", "custom_revision", "mirror",
+    "from_flax", "output_loading_info", "dduf_file",
+}  # fmt: skip
 
 
 class SolverFileError(OSError, ValueError):
@@ -105,7 +111,7 @@ class LoadableScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
         known = cls._get_init_keys(cls) - {"self"}
         if unknown := sorted(set(kwargs) - known):
             raise ValueError(f"{cls.__name__} has no argument {unknown[0]!r}; there are: {', '.join(sorted(known))}")
-        facts = model_facts(config)
+        facts = model_facts({**config, **{key: kwargs[key] for key in SCHEDULE_KEYS if key in kwargs}})
         if "flow_shift" in config:  # one shift under two names
             config["flow_shift"] = kwargs.get("shift", facts.get("shift", config["flow_shift"]))
         defaults = config.get("_use_default_values", [])
@@ -121,6 +127,11 @@ class LoadableScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
         elif "solvers" in kwargs:
             kwargs.setdefault("mean_decay", None)
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **{**facts, **kwargs})
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in diffusers, which passes some options to every component; those of weights mean nothing here."""
+        return super().from_pretrained(*args, **{k: v for k, v in kwargs.items() if k not in COMPONENT_OPTIONS})
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from diffusers.modular_pipelines import ModularPipelineBlocks
+from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec
 from diffusers.pipelines.flux.pipeline_flux import retrieve_timesteps
 
 from diffusers_dssolver import DSSolverScheduler, SolverSpec
@@ -484,3 +487,148 @@ def test_tables_of_the_noise_schedule_can_be_moved_and_replaced(name):
         setattr(searched, name, value)
     with pytest.raises(AttributeError):
         setattr(make_flow(), name, value)
+
+
+# --- knowing what one does not know ----------------------------------------------------------------------------------
+
+NEEDED = {  # by constructors
+    "AmusedScheduler": {"mask_token_id": 1},
+    "RFD4ProteinaScheduler": {"schedule_mode": "log", "noise_mode": "tan", "tsr_k": 1.0, "tsr_sigma": 1.0},
+    "VQDiffusionScheduler": {"num_vec_classes": 8},
+}
+UNKNOWN, OTHER = "neither betas nor a flow shift", "keep its own scheduler"
+VP_CLASSES = """CogVideoXDDIM CogVideoXDPM DDIMInverse DDIMParallel DDIM DDPMParallel DDPM DEISMultistep
+    DPMSolverMultistepInverse DPMSolverMultistep DPMSolverSinglestep DPMSolverSDE EulerAncestralDiscrete EulerDiscrete
+    HeunDiscrete KDPM2AncestralDiscrete KDPM2Discrete LCM LMSDiscrete PNDM RePaint SASolver TCD UnCLIP UniPCMultistep"""
+FLOW_CLASSES = "FlowMapEulerDiscrete FlowMatchEulerDiscrete FlowMatchHeunDiscrete FlowMatchLCM MiniMaxH3"
+# EDM's noise levels, several resolutions, policies
+OTHER_CLASSES = """CMStochasticIterative ConsistencyDecoder CosineDPMSolverMultistep EDMDPMSolverMultistep EDMEuler
+    HeliosDMD Helios Piflow SCM"""
+# nothing that tells a schedule: other processes, masks and text, or a schedule inside the class
+UNKNOWN_CLASSES = """Amused BlockRefinement DDPMWuerstchen DiscreteDDIM EntropyBound IPNDM KarrasVe LTXEulerAncestralRF
+    RFD4Proteina ScoreSdeVe ScoreSdeVp VQDiffusion"""
+KINDS = {"vp": VP_CLASSES, "flow": FLOW_CLASSES, OTHER: OTHER_CLASSES, UNKNOWN: UNKNOWN_CLASSES}
+VERDICTS = {name: verdict for verdict, names in KINDS.items() for name in names.split()}
+CLASSES = sorted(
+    name
+    for name in dir(diffusers.schedulers)
+    if name.endswith("Scheduler") and isinstance(getattr(diffusers.schedulers, name), type)
+)
+
+
+def made(name):
+    """A scheduler of diffusers with its own defaults, or a skip where a library is missing."""
+    try:
+        return getattr(diffusers.schedulers, name)(**NEEDED.get(name, {}))
+    except ImportError as error:
+        pytest.skip(f"{name}: {error}")
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_scheduler_class_of_diffusers_is_known_or_refused(name):
+    verdict = VERDICTS.get(name.removesuffix("Scheduler"))
+    assert verdict, f"{name} is new: write down what from_config makes of it"
+    theirs = made(name)
+    for config in (theirs.config, dict(theirs.config), json.loads(theirs.to_json_string())):
+        for solvers in ("classical", None):
+            if verdict in (UNKNOWN, OTHER):
+                with pytest.raises(ValueError, match=verdict):
+                    DSSolverScheduler.from_config(config, solvers=solvers)
+            elif solvers:
+                ours = DSSolverScheduler.from_config(config, solvers=solvers)
+                assert (ours.config.prediction_type == "flow_prediction") == (verdict == "flow")
+                if verdict == "vp" and not name.endswith("InverseScheduler"):
+                    assert_close(ours.alphas_cumprod, theirs.alphas_cumprod, 1e-5)
+
+
+def test_a_schedule_that_is_named_is_taken():
+    config = made("LTXEulerAncestralRFScheduler").config
+    ours = DSSolverScheduler.from_config(config, prediction_type="flow_prediction", shift=2.0, solvers="classical")
+    assert ours.shift == 2.0 and ours.config.prediction_type == "flow_prediction"
+    wuerstchen = made("DDPMWuerstchenScheduler").config
+    named = DSSolverScheduler.from_config(wuerstchen, beta_schedule="squaredcos_cap_v2", solvers="classical")
+    assert named.config.beta_schedule == "squaredcos_cap_v2"
+    with pytest.raises(ValueError, match=r"its keys: none\), so the noise schedule is unknown"):
+        DSSolverScheduler.from_config({})
+
+
+@pytest.mark.parametrize("prediction_type", ALL_TYPES)
+@pytest.mark.parametrize("by", ["live", "dict", "file", "UniPC"])
+def test_a_scheduler_made_by_its_constructor_comes_back_as_itself(prediction_type, by, tmp_path):
+    if prediction_type == "sample" and by == "UniPC":
+        pytest.skip("one type is enough")
+    ours = make_any(prediction_type)
+    if by == "file":
+        ours.save_pretrained(tmp_path)
+    config = {
+        "live": lambda: ours.config,
+        "dict": lambda: dict(ours.config),
+        "file": lambda: DSSolverScheduler.load_config(tmp_path),
+        "UniPC": lambda: UniPCMultistepScheduler.from_config(ours.config).config,
+    }[by]()
+    back = DSSolverScheduler.from_config(config)
+    assert back.tables == () and back.config.solvers == "classical"
+    assert back.config.prediction_type == prediction_type and not back.config.continuous_time
+    assert torch.equal(states_of(back, noise(), 4)[-1], states_of(ours, noise(), 4)[-1])
+
+
+# --- loading as diffusers loads --------------------------------------------------------------------------------------
+
+OPTIONS = {
+    "variant": (None, "fp16"), "torch_dtype": (torch.bfloat16,), "dtype": (torch.float16,), "use_safetensors": (True,),
+    "device_map": (None, "balanced"), "low_cpu_mem_usage": (True,), "trust_remote_code": (True, False),
+    "max_memory": ({0: "1GB"},), "offload_folder": ("x",), "offload_state_dict": (True,), "use_flashpack": (False,),
+    "disable_mmap": (False,), "quantization_config": (None,), "local_files_only": (True,), "revision": (None, "main"),
+    "token": (None,), "cache_dir": (None,), "force_download": (False,), "proxies": (None,),
+}  # fmt: skip
+
+
+def test_options_that_diffusers_passes_to_every_component_are_taken(tmp_path):
+    make_flow(solvers=make_solvers(4)).save_pretrained(tmp_path)
+    for name, values in OPTIONS.items():
+        for value in values:
+            loaded = DSSolverScheduler.from_pretrained(tmp_path, **{name: value})
+            assert loaded.tables == (4,) and name not in loaded.config
+    strict, unused = DSSolverScheduler.from_pretrained(
+        tmp_path, variant="fp16", strict=True, return_unused_kwargs=True, torch_dtype=torch.float16
+    )
+    assert strict.config.strict and "variant" not in unused
+    for wrong in ("varient", "solver", "dtypes"):
+        with pytest.raises(ValueError, match=f"no argument '{wrong}'"):
+            DSSolverScheduler.from_pretrained(tmp_path, **{wrong: None})
+
+
+def test_a_component_of_a_modular_pipeline_is_loaded(tmp_path):
+    """Its `load` passes `variant=None` always; a failure there leaves the pipeline with `scheduler=None`."""
+    ours = make_flow(solvers=make_solvers(4))
+    ours.save_pretrained(tmp_path)
+    spec = ComponentSpec("scheduler", DSSolverScheduler, pretrained_model_name_or_path=str(tmp_path))
+    for options in ({}, {"torch_dtype": torch.bfloat16}, {"variant": "fp16"}):
+        assert spec.load(**options).solvers == ours.solvers
+
+
+class OnlyAScheduler(ModularPipelineBlocks):
+    """The smallest modular pipeline."""
+
+    model_name = "none"
+
+    @property
+    def expected_components(self):
+        return [ComponentSpec("scheduler", DSSolverScheduler)]
+
+    @torch.no_grad()
+    def __call__(self, components, state):
+        return components, state
+
+
+def test_a_saved_modular_pipeline_comes_back_with_its_scheduler(tmp_path):
+    ours = make_flow(solvers=make_solvers(4))
+    ours.save_pretrained(tmp_path / "solver")
+    pipe = OnlyAScheduler().init_pipeline()
+    spec = pipe.get_component_spec("scheduler")
+    spec.pretrained_model_name_or_path = str(tmp_path / "solver")
+    pipe.update_components(scheduler=spec.load())
+    pipe.save_pretrained(str(tmp_path / "pipe"), overwrite_modular_index=True)
+    again = OnlyAScheduler().init_pipeline(str(tmp_path / "pipe"))
+    again.load_components()
+    assert isinstance(again.scheduler, DSSolverScheduler) and again.scheduler.solvers == ours.solvers
