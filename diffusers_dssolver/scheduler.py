@@ -346,7 +346,7 @@ class DSSolverScheduler(NoiseSchedule):
             at_start = torch.as_tensor(timestep).to(self.timesteps) == self.timesteps[0]
             torch._assert_async(at_start, "a compiled run that starts in the middle needs set_begin_index before it")
         if index is None:
-            index = int((self.timesteps.detach().cpu() - float(timestep)).abs().argmin())
+            index = self.index_for_timestep(timestep)
         if not self._history.rows:
             raise ValueError("set_timesteps was not called; call it before step")
         if index >= len(self.timesteps):

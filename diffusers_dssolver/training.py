@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .derive import warp
 from .paths import FlowPath, Scalar, VPPath, as_float64
 from .writing import WritableSchedule
 
@@ -72,6 +73,50 @@ class NoiseSchedule(WritableSchedule):
     def alphas_cumprod(self, value: Tensor) -> None:
         bar = as_float64(value)
         self._write_table("alphas_cumprod", value, 1 - bar / torch.cat([torch.ones(1, dtype=torch.float64), bar[:-1]]))
+
+    @property
+    def final_alpha_cumprod(self) -> Tensor:
+        """alpha^2 where the last step of a vp model ends: 1, the data."""
+        self._vp_path("final_alpha_cumprod")
+        return torch.tensor(1.0)
+
+    @property
+    def sigma_max(self) -> float:
+        """The highest noise level of the training schedule, after a static shift (flow), or sigma/alpha (vp)."""
+        return self._training_level(1.0)
+
+    @property
+    def sigma_min(self) -> float:
+        """The lowest noise level of the training schedule, as `sigma_max`."""
+        return self._training_level(1 / self._path.num_train_timesteps)
+
+    def index_for_timestep(self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None) -> int:
+        """Index of the nearest entry of `schedule_timesteps`, by default of the current schedule."""
+        known = as_float64(self.timesteps if schedule_timesteps is None else schedule_timesteps)
+        return int((known - as_float64(timestep).reshape(-1)[0]).abs().argmin())
+
+    def previous_timestep(self, timestep: float | Tensor) -> Tensor:
+        """The entry of the current schedule after the one nearest to `timestep`; -1 after the last, as in DDPM."""
+        index = self.index_for_timestep(timestep) + 1
+        return self.timesteps[index] if index < len(self.timesteps) else torch.tensor(-1)
+
+    def _init_step_index(self, timestep: float | Tensor) -> None:
+        """Start the run at the announced index, else at `timestep` (DemoFusion)."""
+        begin = self._begin_index
+        self._step_index = self.index_for_timestep(timestep) if begin is None else begin
+
+    def _sigma_to_t(self, sigma: float | Tensor, log_sigmas: object = None) -> Tensor:
+        """The network's time at entries of `sigmas`, float32 of the same shape."""
+        return self._path.timestep(self._path.node_at(as_float64(sigma))).to(torch.float32)
+
+    def _sigma_to_alpha_sigma_t(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma at an entry of `sigmas`."""
+        alpha, level = self._path.alpha_sigma(self._path.node_at(as_float64(sigma)))
+        return alpha.to(torch.float32), level.to(torch.float32)
+
+    def _training_level(self, node: float) -> float:
+        factor = self.config.shift if isinstance(self._path, FlowPath) and not self.config.use_dynamic_shifting else 1.0
+        return self._path.level(torch.tensor(warp(node, factor), dtype=torch.float64)).item()
 
     def _levels_for(self, samples: Tensor, timesteps: int | float | Tensor) -> list[Tensor]:
         """alpha and sigma at the given times, to be broadcast over samples (B, ...), at least float32."""

@@ -28,7 +28,7 @@ ALLOWED = {
     "choose": {"torch", f"{RUNTIME}.derive", f"{RUNTIME}.grids", f"{RUNTIME}.paths", f"{RUNTIME}.solver"},
     "history": {"torch", f"{RUNTIME}.solver", f"{RUNTIME}.step"},
     "writing": {"torch", f"{RUNTIME}.derive", f"{RUNTIME}.history", f"{RUNTIME}.loading", f"{RUNTIME}.paths"},
-    "training": {"torch", f"{RUNTIME}.paths", f"{RUNTIME}.writing"},
+    "training": {"torch", f"{RUNTIME}.derive", f"{RUNTIME}.paths", f"{RUNTIME}.writing"},
     "loading": {
         "diffusers",
         f"{RUNTIME}.derive",

@@ -14,6 +14,7 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    DDPMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
@@ -25,6 +26,7 @@ from diffusers.pipelines.flux.pipeline_flux import retrieve_timesteps
 from diffusers_dssolver import DSSolverScheduler, SolverSpec
 from diffusers_dssolver.paths import ContinuousVPPath, FlowPath, VPPath, make_betas
 from tests.problems import Metal
+from tests.runtime import surface
 from tests.runtime.test_contract import GRIDS
 from tests.runtime.test_scheduler import (
     ALL_TYPES,
@@ -524,6 +526,7 @@ def made(name):
         pytest.skip(f"{name}: {error}")
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", CLASSES)
 def test_every_scheduler_class_of_diffusers_is_known_or_refused(name):
     verdict = VERDICTS.get(name.removesuffix("Scheduler"))
@@ -632,3 +635,72 @@ def test_a_saved_modular_pipeline_comes_back_with_its_scheduler(tmp_path):
     again = OnlyAScheduler().init_pipeline(str(tmp_path / "pipe"))
     again.load_components()
     assert isinstance(again.scheduler, DSSolverScheduler) and again.scheduler.solvers == ours.solvers
+
+
+# --- the surface of the stock classes --------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_name_of_the_stock_classes_is_there_or_absent_for_a_reason():
+    names, have = surface.surface(), surface.ours()
+    assert len(names) > 60
+    missing = {name for name in names if name not in have}
+    assert not missing - set(surface.REASONS), "write down why, or add it"
+    assert not set(surface.REASONS) - missing, "these are there, or no longer in diffusers"
+    assert surface.TABLE.read_text(encoding="utf-8") == surface.render(), "run python -m tests.runtime.surface"
+
+
+def test_names_of_training_scripts_are_ddims():
+    theirs, ours = DDIMScheduler(**SD_CONFIG), DSSolverScheduler(**SD_CONFIG)
+    x, e, times = noise(3, 2, 4), noise(3, 2, 4, seed=4), torch.tensor([0, 499, 999])
+    assert_close(ours.get_velocity(x, e, times), theirs.get_velocity(x, e, times), 1e-6)
+    assert_close(ours.alphas, theirs.alphas, 1e-6)
+    assert ours.final_alpha_cumprod == theirs.final_alpha_cumprod
+    euler = EulerDiscreteScheduler(**SD_CONFIG)
+    ours.set_timesteps(10)
+    assert (ours.sigma_max, ours.sigma_min) == pytest.approx(
+        (euler.sigmas[0].item(), euler.sigmas[-2].item()), rel=1e-4
+    )
+    log_sigmas = np.log(euler.sigmas.numpy()[:-1][::-1])
+    for level in (14.0, 1.3, 0.05):
+        assert ours._sigma_to_t(level) == pytest.approx(float(euler._sigma_to_t(np.array(level), log_sigmas)), abs=1e-2)
+    alpha, sigma = ours._sigma_to_alpha_sigma_t(ours.sigmas)
+    assert_close(sigma / alpha, ours.sigmas, 1e-5)
+    assert_close(alpha**2 + sigma**2, torch.ones(11), 1e-6)
+    ddpm = DDPMScheduler(timestep_spacing="trailing", **SD_CONFIG)
+    ddpm.set_timesteps(10)
+    for t in ddpm.timesteps:
+        assert float(ours.previous_timestep(t)) == pytest.approx(float(ddpm.previous_timestep(t)), abs=1e-3)
+
+
+def test_names_of_flow_schedulers_are_flow_match_eulers():
+    theirs, ours = FlowMatchEulerDiscreteScheduler(shift=3.0), make_flow(shift=3.0)
+    assert (ours.sigma_max, ours.sigma_min) == pytest.approx((theirs.sigma_max, theirs.sigma_min), rel=1e-6)
+    for s in (ours, theirs):
+        s.set_shift(2.0)
+        s.set_timesteps(sigmas=[1.0, 0.7, 0.2])
+    assert ours.shift == theirs.shift == 2.0
+    assert_close(ours.sigmas, theirs.sigmas, 1e-6)
+    x, e = noise(), noise(seed=4)
+    assert torch.equal(ours.get_velocity(x, e, 300), e - x)
+    assert torch.equal(make_flow(invert_sigmas=True).get_velocity(x, e, 300), x - e)
+    for i, t in enumerate(ours.timesteps):
+        assert ours.index_for_timestep(t) == theirs.index_for_timestep(theirs.timesteps[i]) == i
+        assert ours.index_for_timestep(float(t) + 3) == i
+        assert ours.index_for_timestep(t, ours.timesteps.flip(0)) == 2 - i
+        for begin in (None, 1):
+            ours.set_timesteps(3)
+            if begin is not None:
+                ours.set_begin_index(begin)
+            ours._init_step_index(ours.timesteps[i])
+            assert ours.step_index == (i if begin is None else begin)
+
+
+def test_a_start_by_init_step_index_is_a_start_in_the_middle():
+    """DemoFusion sets the index once and steps from there."""
+    scheduler, x = make_flow(solvers=make_solvers(6)), noise()
+    scheduler.set_timesteps(6)
+    wanted = finish(scheduler, x, scheduler.timesteps[2:])
+    scheduler.set_timesteps(6)
+    scheduler._init_step_index(scheduler.timesteps[2])
+    assert torch.equal(finish(scheduler, x, scheduler.timesteps[2:].tolist()), wanted)
