@@ -23,7 +23,7 @@ RUNTIME_ARROWS: dict[str, set[str]] = {
     "published": set(),
     "config": {*MATHS},
     "history": {"torch", *MATHS},
-    "artefacts": {"config"},
+    "artefacts": {"config", "solver"},
     "choose": {"torch", *MATHS},
     "card": {"diffusers", "huggingface_hub", "config", "pipelines", "published"},
     "loading": {"diffusers", "artefacts", "card", "config", "published"},
