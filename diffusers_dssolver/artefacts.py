@@ -9,8 +9,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from .config import ARTEFACT_KEYS, BETA_KEYS, SCHEDULE_KEYS, SHIFT_KEYS, is_flow
+from .solver import short
 
 SEARCH_COMMAND = "python -m dssolver_search search --pretrained_model_name_or_path MODEL --nfe 5 8 --output_dir OUT"
+BETA_NAMES = {"beta_start", "beta_end", "beta_schedule"}
+EDM = "this model is sampled in EDM noise levels, which are neither flow nor vp"
+# keys of samplers that are not an ODE from noise to data, with the value at which they are
+OTHER_WORLDS = {
+    "sigma_data": (None, EDM),
+    "timestep_type": ("discrete", EDM),
+    "stages": (None, "this model is sampled in stages of rising resolution"),
+    "scale_factors": (None, "this model is sampled in stages of rising resolution"),
+    "num_policy_substeps": (None, "this model predicts a policy of many substeps, not one velocity"),
+}
 Config = Mapping[str, Any]
 
 
@@ -20,16 +31,22 @@ def model_facts(config: Config) -> dict[str, Any]:
     diffusers drops a key that is at the default of the old class; the noise schedule must survive, so it is listed.
 
     Raises:
-        ValueError: for a schedule that is neither flow nor vp.
+        ValueError: for a schedule that is neither flow nor vp, or that the configuration does not tell.
     """
-    for key, known in (("sigma_data", None), ("timestep_type", "discrete")):
+    for key, (known, reason) in OTHER_WORLDS.items():
         if config.get(key, known) != known:
-            raise ValueError(
-                f"{key} is {config[key]!r}: this model is sampled in EDM noise levels, which are neither flow nor vp; "
-                "keep its own scheduler"
-            )
+            raise ValueError(f"{key} is {short(config[key])}: {reason}; keep its own scheduler")
     facts = {key: config[key] for key in SCHEDULE_KEYS if key in config}
-    if is_flow(config):
+    flow = is_flow(config)
+    if not flow and "solvers" not in config and config.get("trained_betas") is None and not BETA_NAMES & set(config):
+        name = config.get("_class_name") or "this configuration"
+        keys = ", ".join(sorted(str(key) for key in config if not str(key).startswith("_"))) or "none"
+        raise ValueError(
+            f"{name} has neither betas nor a flow shift (its keys: {keys}),"
+            " so the noise schedule is unknown; keep its own scheduler, or name the schedule: beta_schedule=..., or "
+            'prediction_type="flow_prediction" and shift=...'
+        )
+    if flow:
         facts["prediction_type"] = "flow_prediction"
         if "shift" not in config and config.get("flow_shift") is not None:  # the name in UniPC and DPMSolver
             facts["shift"] = config["flow_shift"]
@@ -69,6 +86,30 @@ def first_fitting(model: Config, published: Mapping[str, Config]) -> str:
             return name
     told = "; ".join(f"{name!r} {reason}" for name, reason in reasons.items())
     raise ValueError(f"no published solver fits this noise schedule ({told}); {remedy(model, published)}")
+
+
+def consistent(changes: Config, config: Config, tables: bool) -> dict[str, Any]:
+    """Changes of a scheduler's configuration, with what follows from them.
+
+    Args:
+        config: the full configuration before.
+        tables: whether it has solvers in use.
+
+    Raises:
+        ValueError: if the noise schedule changes to one for which the solvers were not searched.
+    """
+    changes = {key: value for key, value in changes.items() if key not in config or config[key] != value}
+    if changes.get("flow_shift") is not None:
+        changes.setdefault("shift", changes["flow_shift"])
+    elif "shift" in changes and "flow_shift" in config:
+        changes["flow_shift"] = changes["shift"]
+    if tables and "solvers" not in changes:
+        at = searched_at(config)
+        if at is not None and set(changes) & set(SHIFT_KEYS):
+            changes.setdefault("searched_shift", at)
+        if reason := mismatch({**config, **changes}, config):
+            raise ValueError(f"the solvers of this scheduler cannot follow: it {reason}; make one with from_config")
+    return changes
 
 
 def remedy(model: Config, published: Mapping[str, Config]) -> str:

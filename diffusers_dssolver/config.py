@@ -83,8 +83,10 @@ def check(config: Mapping[str, Any]) -> Checked:
     if hasattr(config["trained_betas"], "tolist"):
         entries["trained_betas"] = config["trained_betas"].tolist()
     if "_use_default_values" in config:
-        # diffusers does not pass these keys on to other classes, which need those of the noise schedule
-        entries["_use_default_values"] = sorted({*config["_use_default_values"]} - {"use_flow_sigmas", *SCHEDULE_KEYS})
+        # diffusers passes none of these keys on; other classes need the noise schedule, and ours that it is classical
+        entries["_use_default_values"] = sorted(
+            {*config["_use_default_values"]} - {"use_flow_sigmas", "solvers", *SCHEDULE_KEYS}
+        )
     check_options(config)
     path = make_path({**config, **entries})
     solvers = read_solvers(config["solvers"], path)

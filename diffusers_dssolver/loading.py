@@ -11,11 +11,22 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
 
-from .artefacts import carry_over, fill, first_fitting, model_facts
-from .config import CLASSICAL, check_keys, without_old_keys
+from .artefacts import carry_over, consistent, fill, first_fitting, model_facts
+from .config import CLASSICAL, SCHEDULE_KEYS, check, check_keys, without_old_keys
+from .derive import Shift
+from .paths import Path
 from .published import published_config, published_solvers
+from .solver import SolverSpec
 
 logger = logging.get_logger(__name__)
+
+UNWATCHED = {"self", "use_flow_sigmas"}
+COMPONENT_OPTIONS = {
+    "variant", "torch_dtype", "dtype", "use_safetensors", "device_map", "max_memory", "low_cpu_mem_usage",
+    "offload_folder", "offload_state_dict", "trust_remote_code", "use_flashpack", "disable_mmap", "quantization_config",
+    "provider", "sess_options", "provider_options", "use_onnx", "custom_pipeline", "custom_revision", "mirror",
+    "from_flax", "output_loading_info", "dduf_file",
+}  # fmt: skip
 
 
 class SolverFileError(OSError, ValueError):
@@ -23,13 +34,56 @@ class SolverFileError(OSError, ValueError):
 
 
 class LoadableScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' own two bases disagree
-    """diffusers' loading and saving, with solvers."""
+    """diffusers' loading, saving and changing of a configuration, with solvers."""
+
+    config: Any
+    _path: Path
+    _solvers: dict[int, SolverSpec]
+    _searched: Shift | None
+    _known: dict[str, Any]
 
     def register_to_config(self, **kwargs: Any) -> None:
-        """As in diffusers. Some pipelines drop their user's sigmas where the attribute `config.use_flow_sigmas` is
-        true, so it is false; classes that are made from this configuration read the item, which is kept."""
+        """As in diffusers; what is changed in a finished scheduler is followed, from the next `set_timesteps` on.
+
+        Some pipelines drop their user's sigmas where the attribute `config.use_flow_sigmas` is true, so it is false.
+        Classes that are made from this configuration read the item, which is kept.
+
+        Raises:
+            ValueError: for a value that is not accepted, or a noise schedule that the solvers were not searched for.
+        """
+        before = vars(self).get("_internal_dict")
+        if "_path" in vars(self):
+            kwargs = consistent(kwargs, {**self.config, **self._known}, bool(self._solvers))
         super().register_to_config(**kwargs)
+        if "_path" in vars(self) and set(kwargs) & self._get_init_keys(type(self)):
+            try:
+                self._read_config()
+            except ValueError:
+                vars(self)["_internal_dict"] = before
+                raise
         vars(self.config)["use_flow_sigmas"] = False
+
+    def _read_config(self) -> None:
+        """Take path and solvers from the configuration, whose entries become plain JSON."""
+        checked = check(self.config)
+        super().register_to_config(**checked.entries)
+        vars(self.config)["use_flow_sigmas"] = False
+        self._path, self._solvers, self._searched = checked.path, checked.solvers, checked.searched_shift
+        self._known = {
+            key: self.config[key]
+            for key in {*self._get_init_keys(type(self)), "flow_shift"} - UNWATCHED
+            if key in self.config
+        }
+
+    def _follow_config(self) -> None:
+        """Take over what was written into the configuration: items (config["shift"]) or attributes (config.shift)."""
+        changes = {}
+        for key, old in self._known.items():
+            for value in (self.config.get(key, old), getattr(self.config, key, old)):
+                if value is not old and value != old:
+                    changes[key] = value
+        if changes:
+            self.register_to_config(**changes)
 
     @classmethod
     def from_published(cls, name: str, **kwargs: Any) -> Any:
@@ -57,7 +111,9 @@ class LoadableScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
         known = cls._get_init_keys(cls) - {"self"}
         if unknown := sorted(set(kwargs) - known):
             raise ValueError(f"{cls.__name__} has no argument {unknown[0]!r}; there are: {', '.join(sorted(known))}")
-        facts = model_facts(config)
+        facts = model_facts({**config, **{key: kwargs[key] for key in SCHEDULE_KEYS if key in kwargs}})
+        if "flow_shift" in config:  # one shift under two names
+            config["flow_shift"] = kwargs.get("shift", facts.get("shift", config["flow_shift"]))
         defaults = config.get("_use_default_values", [])
         given = {**{k: v for k, v in config.items() if k not in defaults}, **facts, **kwargs}
         source, asked = given.get("solvers"), {key: kwargs[key] for key in kwargs if key == "mean_decay"}
@@ -71,6 +127,11 @@ class LoadableScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
         elif "solvers" in kwargs:
             kwargs.setdefault("mean_decay", None)
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **{**facts, **kwargs})
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in diffusers, which passes some options to every component; those of weights mean nothing here."""
+        return super().from_pretrained(*args, **{k: v for k, v in kwargs.items() if k not in COMPONENT_OPTIONS})
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:

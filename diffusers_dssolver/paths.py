@@ -253,7 +253,10 @@ def make_betas(
         raise ValueError(
             f"beta_schedule is {beta_schedule!r}; known: {', '.join(BETA_SCHEDULES)}, or give trained_betas"
         )
-    if not ((betas > 0) & (betas < 1)).all():
+    inside = (betas > 0) & (betas < 1)
+    if trained_betas is not None:
+        inside[-1] |= betas[-1] == 1  # zero terminal SNR
+    if not inside.all():
         keys = "beta_start and beta_end" if trained_betas is None else "trained_betas"
         raise ValueError(
             f"{keys} give betas from {betas.min():.4g} to {betas.max():.4g}; every beta must lie between 0 and 1"

@@ -14,10 +14,9 @@ from diffusers.utils import BaseOutput, logging
 from torch import Tensor
 
 from .choose import SolverSet
-from .config import CLASSICAL, check
+from .config import CLASSICAL
 from .derive import Shift, dynamic_shift, uniform_nodes
 from .history import History
-from .loading import LoadableScheduler
 from .paths import FlowPath, Path, as_float64
 from .solver import SolverSpec
 from .step import Scalar, combine, scalars, step, threshold
@@ -40,7 +39,7 @@ class DSSolverSchedulerOutput(BaseOutput):
     pred_original_sample: Tensor | None = None
 
 
-class DSSolverScheduler(NoiseSchedule, LoadableScheduler):  # type: ignore[misc]  # diffusers' two bases disagree
+class DSSolverScheduler(NoiseSchedule):
     """Searched multistep solvers, a drop-in for the deterministic schedulers of diffusers.
 
     A step count with a table in `solvers` uses it; any other count gets a derived solver, and a warning once. N steps
@@ -124,15 +123,17 @@ class DSSolverScheduler(NoiseSchedule, LoadableScheduler):  # type: ignore[misc]
         guidance_scale: float | None = None,
         mean_decay: float | None = None,
     ) -> None:
-        checked = check(self.config)
-        self._path, self._solvers, self._searched = checked.path, checked.solvers, checked.searched_shift
-        self.register_to_config(**checked.entries)
+        self._read_config()
         self._said: set[str] = set()
-        self._begin_index: int | None = None
         self._mu: float | None = None
-        self.num_inference_steps: int | None = None
-        nodes = torch.tensor(uniform_nodes(num_train_timesteps, self._path), dtype=torch.float64)
-        self._install_tensors(nodes, self._path.timestep(nodes[:-1]), (), None)  # for readers before set_timesteps
+        self._reset()
+
+    def _reset(self) -> None:
+        """The training schedule, for readers before `set_timesteps`."""
+        self.num_inference_steps = None
+        self._moved = {}
+        nodes = torch.tensor(uniform_nodes(self.config.num_train_timesteps, self._path), dtype=torch.float64)
+        self._install_tensors(nodes, self._path.timestep(nodes[:-1]), (), None)
 
     # --- the run ---------------------------------------------------------------------------------------------------
 
@@ -161,6 +162,7 @@ class DSSolverScheduler(NoiseSchedule, LoadableScheduler):  # type: ignore[misc]
             ValueError: for no or contradicting arguments, grids that do not fall, flow arguments on a vp solver, or
                 with `strict` a step count that has no table.
         """
+        self._follow_config()
         flow = isinstance(self._path, FlowPath)
         if mu is not None and not flow:
             raise ValueError(
@@ -224,6 +226,7 @@ class DSSolverScheduler(NoiseSchedule, LoadableScheduler):  # type: ignore[misc]
             raise ValueError(
                 f"model_output has shape {tuple(model_output.shape)}, sample {tuple(sample.shape)}; they must be equal"
             )
+        self._follow()
         index = self._locate(timestep)
         x = sample.to(torch.promote_types(sample.dtype, torch.float32))
         d, to_data = self._quantity(index, x, model_output, negated=per_token_timesteps is not None)
@@ -237,6 +240,12 @@ class DSSolverScheduler(NoiseSchedule, LoadableScheduler):  # type: ignore[misc]
     def scale_model_input(self, sample: Tensor, timestep: int | float | Tensor | None = None) -> Tensor:
         """The sample itself: neither path scales the network's input."""
         return sample
+
+    def set_shift(self, shift: float) -> None:
+        """As in FlowMatchEulerDiscrete: another resolution shift, from the next `set_timesteps` on."""
+        if not isinstance(self._path, FlowPath):
+            raise ValueError("shift is of flow models; this one is vp")
+        self.register_to_config(shift=shift)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Where in the schedule the next run starts (image-to-image)."""
@@ -253,6 +262,11 @@ class DSSolverScheduler(NoiseSchedule, LoadableScheduler):  # type: ignore[misc]
     def solvers(self) -> Mapping[int, SolverSpec]:
         """Searched solvers by step count, at the guidance scale of the configuration."""
         return self._solvers
+
+    @property
+    def shift(self) -> float:
+        """The resolution shift of the configuration (flow)."""
+        return self.config.shift
 
     @property
     def tables(self) -> tuple[int, ...]:
@@ -309,8 +323,8 @@ class DSSolverScheduler(NoiseSchedule, LoadableScheduler):  # type: ignore[misc]
         self._a, self._b = (scalars(factor) for factor in self._path.transition(alphas, sigmas))
         self._alphas, self._sigmas = scalars(alphas), scalars(sigmas)
         self._history = History(rows, self.config.history_length, self.config.mean_decay)
-        self.timesteps = times.to(torch.float32).to(device)
-        self.sigmas = self._path.level(nodes).to(torch.float32)
+        self._run = nodes, times, rows
+        self._publish(times.to(torch.float32).to(device), self._path.level(nodes).to(torch.float32))
         self._step_index = None
         self._begin_index = None
 
@@ -332,7 +346,7 @@ class DSSolverScheduler(NoiseSchedule, LoadableScheduler):  # type: ignore[misc]
             at_start = torch.as_tensor(timestep).to(self.timesteps) == self.timesteps[0]
             torch._assert_async(at_start, "a compiled run that starts in the middle needs set_begin_index before it")
         if index is None:
-            index = int((self.timesteps.detach().cpu() - float(timestep)).abs().argmin())
+            index = self.index_for_timestep(timestep)
         if not self._history.rows:
             raise ValueError("set_timesteps was not called; call it before step")
         if index >= len(self.timesteps):

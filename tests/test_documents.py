@@ -9,7 +9,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from dssolver_search.cli import COMMANDS
+from dssolver_search.cli import COMMANDS, named
 from dssolver_search.settings import parse
 from tests import documents
 
@@ -50,8 +50,9 @@ def test_commands_can_be_given(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     text = DOCUMENTS[name]
     for words in commands(text):
-        parse(COMMANDS[words[0]][0], words[1:], words[0])
-    known = OF_OTHERS | {field.name for config, *_ in COMMANDS.values() for field in dataclasses.fields(config)}
+        parse(named(COMMANDS[words[0]][0]), words[1:], words[0])
+    settings = [named(config) for config, _ in COMMANDS.values()]
+    known = OF_OTHERS | {field.name for config in settings for field in dataclasses.fields(config)}
     assert set(re.findall(r"--(\w+_\w+)", text)) <= known
     for module in re.findall(r"-m\s+((?:tests|dssolver_search)\.[\w.]*\w)", text):
         assert find_spec(module), module

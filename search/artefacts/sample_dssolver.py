@@ -34,41 +34,53 @@ def sample_dssolver(model, x, sigmas, extra_args=None, callback=None, disable=No
     Args:
         model: (x, sigma (B,), **extra_args) -> denoised, shape of x.
         x: the noisy start (B, ...), of noise level sigmas[0].
-        sigmas: `sigmas_for(steps)`, or the end of it (image-to-image).
+        sigmas: `sigmas_for(steps)` or any contiguous part of it: its end (image-to-image), its beginning, or its
+            middle (several samplers in turn). A last 0 in place of the table's own ends there, in one step to the data.
         callback: told {"x", "i", "sigma", "sigma_hat", "denoised"} at every step.
         disable: accepted; there is no progress bar.
 
     Raises:
-        ValueError: these sigmas are no table's.
+        ValueError: these sigmas are no part of a table's.
     """
-    levels = [float(s) for s in sigmas]
-    table, first = _table(levels)
+    table, first, levels = _table(sigmas)
+    flow = SOLVER["prediction"] == "flow"
+    wide = torch.promote_types(x.dtype, torch.float32)
     history = []
     for i, (sigma, end) in enumerate(zip(levels[:-1], levels[1:])):  # noqa: B905 (Python 3.9)
         denoised = _denoised(model, x, sigma, table["fed"][first + i], extra_args or {})
         if callback is not None:
             callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
-        flow = SOLVER["prediction"] == "flow"
-        history.append((x - denoised) / sigma if flow else denoised)
+        state, data = x.to(wide), denoised.to(wide)
+        history.append((state - data) / sigma if flow else data)
         row = table["coefficients"][first + i]
         missing = len(row) - len(history)  # of a late start: their weights fall to the oldest that is there
         row = [sum(row[: missing + 1]), *row[missing + 1 :]]
+        if end != table["sigmas"][first + i + 1]:
+            row = [0.0] * i + [1.0]
         mix = sum(weight * quantity for weight, quantity in zip(row, history))  # noqa: B905
-        x = x + (end - sigma) * mix if flow else end / sigma * x + (1 - end / sigma) * mix
+        x = (state + (end - sigma) * mix if flow else end / sigma * state + (1 - end / sigma) * mix).to(x.dtype)
     return x
 
 
-def _table(levels):
-    """The table whose sigmas these are the end of, and how many of them are left out."""
-    for table in SOLVER["tables"].values():
-        first = len(table["sigmas"]) - len(levels)
-        if len(levels) > 1 and first >= 0:
-            own = table["sigmas"][first:]
-            if all(abs(a - b) <= TOLERANCE * abs(b) + 1e-6 for a, b in zip(levels, own)):  # noqa: B905
-                return table, first
-    raise ValueError(
-        f"these {len(levels)} sigmas are no table's; use sigmas_for({' or '.join(map(str, SOLVER['tables']))})"
-    )
+def _table(sigmas):
+    """The table of which these sigmas are a part, where the part begins, and its levels without rounding."""
+    levels, best = [float(s) for s in sigmas], None
+    rounded = torch.is_tensor(sigmas) and sigmas.is_floating_point()
+    tolerance = max(TOLERANCE, torch.finfo(sigmas.dtype).eps if rounded else 0.0)
+    for table in SOLVER["tables"].values() if len(levels) > 1 else ():
+        for first in range(len(table["sigmas"]) - len(levels) + 1):
+            own = table["sigmas"][first : first + len(levels)]
+            if cut := levels[-1] == 0 != own[-1]:
+                own = [*own[:-1], 0.0]
+            far = max(abs(a - b) / (tolerance * abs(b) + 1e-6) for a, b in zip(levels, own))  # noqa: B905
+            if far <= 1 and (best is None or (cut, far) < best[0]):
+                best = (cut, far), table, first, own
+    if best is None:
+        raise ValueError(
+            f"these {len(levels)} sigmas are no table's; use sigmas_for({' or '.join(map(str, SOLVER['tables']))}) or "
+            "a contiguous part of it"
+        )
+    return best[1:]
 
 
 def _denoised(model, x, sigma, fed, extra_args):

@@ -107,6 +107,42 @@ def test_a_late_start_is_folded_as_the_scheduler_folds_it(kind, tmp_path):
     torch.testing.assert_close(found, wanted.double(), rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("first, last", [(0, 1), (0, 2), (1, 2), (1, 3), (2, 3)])
+def test_any_part_of_the_sigmas_is_the_schedulers_part(kind, first, last, tmp_path):
+    """KSampler Advanced (start_at_step, end_at_step) and models of two experts, each with a sampler of its own."""
+    scheduler = artefact(kind, tmp_path)
+    scope = exported(scheduler)
+    whole = scope["sigmas_for"](3)
+    start = torch.randn(2, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    scales = [1.0 if kind == "flow" else (1 + float(s) ** 2) ** -0.5 for s in whole]
+    scheduler.set_timesteps(3)
+    scheduler.set_begin_index(first)
+    wanted = start
+    for t in scheduler.timesteps[first:last]:
+        node = scheduler.path.node(t.double()).float()
+        wanted = scheduler.step(network(wanted, node), t, wanted, return_dict=False)[0]
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        part = whole[first : last + 1].to(dtype)
+        found = scope["sample_dssolver"](wrapper(kind, scheduler, []), start / scales[first], part)
+        torch.testing.assert_close(found * scales[last], wanted, rtol=2e-5, atol=2e-5)
+        x = (start / scales[first]).to(dtype)
+        assert scope["sample_dssolver"](lambda x, sigma: 0.5 * x, x, part).dtype == dtype
+
+
+@pytest.mark.parametrize("kind", ["flow", "epsilon"])
+def test_a_part_that_is_to_end_without_noise_ends_in_the_predicted_data(kind, tmp_path):
+    """KSampler Advanced without leftover noise puts 0 in the place of the part's last sigma."""
+    scheduler = artefact(kind, tmp_path)
+    scope, told = exported(scheduler, [3]), []
+    sigmas = scope["sigmas_for"](3)[:3].clone()
+    sigmas[-1] = 0
+    start = torch.randn(2, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * float(sigmas[0])
+    found = scope["sample_dssolver"](wrapper(kind, scheduler, []), start, sigmas, callback=told.append)
+    assert len(told) == 2
+    torch.testing.assert_close(found, told[-1]["denoised"].double())
+
+
 @pytest.mark.parametrize("name", ["flowdcn-b-2-256", "dit-xl-2-256"])
 def test_published_solvers_keep_their_tables(name):
     scheduler = load_solver(name)
