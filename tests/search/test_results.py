@@ -111,7 +111,7 @@ def small(tmp_path, monkeypatch):
     changes = {"NFES": (3, 4), "PAPER": paper, "TEST_SAMPLES": 4, "REFERENCE_STEPS": 30, "ABLATED": (("flow", 3),)}
     for name, value in changes.items():
         monkeypatch.setattr(bench_search, name, value)
-    monkeypatch.setattr(bench_search.paper, "reference", bench_search.paper.reference)  # put back
+    monkeypatch.setattr(bench_search.paper, "teacher_trajectory", bench_search.paper.teacher_trajectory)  # put back
     (tmp_path / "out").mkdir()
     return tmp_path / "out"
 

@@ -594,7 +594,7 @@ def test_flops_are_as_told(size):
     args += ["--width", str(width), "--depth", str(depth), "--num_heads", str(heads), "--patch_size", "4"]
     args += ["--resolution", str(study_models.RESOLUTION)]
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network = train.build_transformer(train.parse_args(args), 10)
+        network = train.build_network(train.parse_args(args), 10)
         network(torch.zeros(1, 3, 16, 16), timestep=torch.zeros(1), class_labels=torch.zeros(1, dtype=torch.long))
     assert counter.get_total_flops() / 1e6 == pytest.approx(study_models.MFLOP[size], rel=0.01)
     assert f"{study_models.MFLOP[size]:g}" in study_models.__doc__
