@@ -122,21 +122,6 @@ class ProbeScheduler(DSSolverScheduler):
             raise RunFinished
         return result
 
-    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Any) -> Tensor:
-        """The parent's. In a run with gradients it is differentiable where the times are the schedule's, rebuilt or
-        not, for pipelines that put noised data into every step (inpainting)."""
-        if not self.request.live:
-            return super().add_noise(original_samples, noise, timesteps)
-        given = torch.as_tensor(timesteps).detach().to("cpu", torch.float64).reshape(-1)
-        known = self.timesteps.cpu()
-        times = torch.stack([known[known == t][0].double() if (known == t).any() else t for t in given])
-        factors = self._path.alpha_sigma(self._path.node(times))
-        dtype = torch.promote_types(original_samples.dtype, torch.float32)
-        alpha, sigma = (
-            f.to(original_samples.device, dtype).reshape(-1, *[1] * (original_samples.ndim - 1)) for f in factors
-        )
-        return (alpha * original_samples + sigma * noise).to(original_samples.dtype)
-
     def __deepcopy__(self, memo: dict[int, Any]) -> ProbeScheduler:
         """For pipelines that keep a second scheduler (of sound): of the same run, with a history and states of its
         own; it never ends the run. Tensors are shared: those with a graph cannot be copied."""
