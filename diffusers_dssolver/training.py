@@ -131,8 +131,8 @@ class NoiseSchedule(WritableSchedule):
         levels = []
         off = self._path.alpha_sigma(self._path.node(times))
         for own, level in zip((self._alphas, self._sigmas), off, strict=True):
-            nodes = torch.stack([torch.as_tensor(v, dtype=torch.float64) for v in own])  # with a graph in a search
-            level = torch.where(at, nodes[index], level)
+            at_nodes = torch.stack([torch.as_tensor(v, dtype=torch.float64) for v in own])  # keeps a search's graph
+            level = torch.where(at, at_nodes[index], level)
             levels.append(level.to(dtype).to(samples.device).reshape(-1, *[1] * (samples.ndim - 1)))
         return levels
 
