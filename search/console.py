@@ -26,9 +26,10 @@ def one_line(error: BaseException) -> str:
 
 def metric_name(metric: str, network: str) -> str:
     """Title of a metric. Only values from the Inception network are called FID and KID; others name their network."""
-    if network == "inception":
-        return INCEPTION_METRICS.get(metric, METRICS[metric])
-    return f"{METRICS[metric]} ({network})"
+    if network == "inception" and metric in INCEPTION_METRICS:
+        return INCEPTION_METRICS[metric]
+    title = METRICS.get(metric, metric.replace("_", " ").capitalize())
+    return title if network == "inception" else f"{title} ({network})"
 
 
 def told_end(end: Any) -> str:

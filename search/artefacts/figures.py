@@ -128,7 +128,8 @@ def steps(comparison: Mapping[str, Any]) -> str:
 
 def columns(evaluation: Mapping[str, Any]) -> dict[str, str]:
     """Titles of the metrics that were measured, each with its network."""
-    measured = (m for m in METRICS if any(m in r["metrics"] for r in evaluation.get("results", [])))
+    found = {m for r in evaluation.get("results", []) for m in r["metrics"] if m.isidentifier()}
+    measured = [*(m for m in METRICS if m in found), *sorted(found - METRICS.keys())]
     return {m: metric_name(m, network(evaluation, m)) for m in measured}
 
 

@@ -11,7 +11,6 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -29,6 +28,7 @@ from diffusers_dssolver import DSSolverScheduler
 from ..console import say
 from ..pipeline.loading import load_pipeline
 from ..pipeline.prompts import prompts_of
+from ..pipeline.recorder import Recorder
 from ..pipeline.sampler import Sampler
 from ..settings import CompareConfig, EvaluateConfig
 from ..storage import Kept, kept
@@ -127,13 +127,14 @@ class Lineup:
         """
         single = self._evaluations_per_call(indices)  # before the clock starts: its run is the warm-up
         before, began = self.sampler.network_evaluations, time.perf_counter()
-        with self.sampler.using(scheduler), last_state(scheduler) as final:
+        with self.sampler.using(scheduler), Recorder(all_states=False).watching(scheduler) as recorder:
             output = self.sampler(indices, self.split, steps, **call)
         n, seconds = len(indices), time.perf_counter() - began
         calls = (self.sampler.network_evaluations - before) / n / single
         images = torch.stack([as_uint8(picture) for picture in output[0]])
-        dtype = torch.promote_types(final[0].dtype, torch.float32)
-        return Sampled(final[0][:n].to("cpu", dtype), images, calls, seconds / n)
+        final = recorder.states[-1]
+        final = final[:n].to("cpu", torch.promote_types(final.dtype, torch.float32))
+        return Sampled(final, images, calls, seconds / n)
 
     def _evaluations_per_call(self, indices: Sequence[int]) -> float:
         """Network evaluations of one sample in one network call: two where guidance doubles the batch or calls twice.
@@ -172,26 +173,6 @@ def share(accelerator: Accelerator, tasks: Iterable[Task], title: str) -> list[P
 def batches(count: int, size: int) -> list[range]:
     """Indices of `count` samples, `size` at a time."""
     return [range(first, min(first + size, count)) for first in range(0, count, size)]
-
-
-@contextmanager
-def last_state(scheduler: Any) -> Iterator[list[Tensor]]:
-    """A list that holds the state after the scheduler's latest step. Earlier ones are not kept: a converged run has
-    hundreds."""
-    held: list[Tensor] = []
-    take = scheduler.step
-
-    @functools.wraps(take)
-    def step(*args: Any, **kwargs: Any) -> Any:
-        result = take(*args, **kwargs)
-        held[:] = [result[0] if isinstance(result, tuple) else result.prev_sample]
-        return result
-
-    scheduler.step = step
-    try:
-        yield held
-    finally:
-        del scheduler.step
 
 
 def solver_name(source: str) -> str:

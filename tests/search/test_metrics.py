@@ -10,6 +10,7 @@ import pytest
 import torch
 from cleanfid import fid
 
+from dssolver_search.artefacts.figures import columns
 from dssolver_search.console import metric_name
 from dssolver_search.images import metrics
 from dssolver_search.images.metrics import (
@@ -182,3 +183,16 @@ def test_only_inception_makes_an_fid():
     assert metric_name("precision", "inception") == "Precision"
     assert metric_name("frechet_distance", "fashion-classifier") == "Frechet distance (fashion-classifier)"
     assert metric_name("kernel_distance", "clip:a/b") == "Kernel distance (clip:a/b)"
+
+
+def test_a_new_metric_needs_no_name():
+    """Known metrics have titles and an order; any other is shown after them, by its key."""
+    results = [{"metrics": {"sharp_edges": {}, "recall": {}}}, {"metrics": {"<b>": {}, "precision": {}}}]
+    titles = columns({"results": results, "extractor": "net"})
+    assert list(titles.items()) == [
+        ("precision", "Precision (net)"), ("recall", "Recall (net)"), ("sharp_edges", "Sharp edges (net)")
+    ]  # fmt: skip
+    assert (
+        metric_name("sharp_edges", "inception") == "Sharp edges"
+        and metric_name("kernel_distance", "inception") == "KID"
+    )
