@@ -35,7 +35,7 @@ demo: $(VENV)/.installed
 		--solver "$(RUNS)/demo/$(MODEL)/searched" --output_dir "$(RUNS)/demo/$(MODEL)"
 
 # each file is one worker's, in the order of conftest.py
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/.installed
 	$(PYTEST)

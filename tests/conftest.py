@@ -36,8 +36,12 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 settings.register_profile("repository", deadline=None, database=None, max_examples=60, derandomize=True)
 settings.load_profile("repository")
 
-# Groups of tests that take longest, the longest first: the second worker then does not wait for the last of them.
-LONGEST = ("processes", "test_study", "test_search", "test_conformance", "test_readme", "test_evaluate", "test_results")
+# Files that take longest, the longest first: the second worker then does not wait for the last of them.
+LONGEST = (
+    "test_processes", "test_never_lost", "test_study", "test_search", "test_conformance", "test_readme",
+    "test_evaluate", "test_results",
+)  # fmt: skip
+SEVERAL_PROCESSES = ("test_processes", "test_never_lost")  # one worker's: more processes at a time only wait
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -50,20 +54,25 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", f"error:::{package}")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     slow = config.getoption("--run-slow") or os.environ.get("RUN_SLOW") == "1"
     for item in items:
         if "slow" in item.keywords and not slow:
             item.add_marker(pytest.mark.skip(reason="slow; run with --run-slow"))
-        if not item.get_closest_marker("xdist_group"):  # what a file makes once is made by one worker
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-    items.sort(key=place)
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
-def place(item: pytest.Item) -> int:
-    group = item.get_closest_marker("xdist_group").args[0]
-    return LONGEST.index(group) if group in LONGEST else len(LONGEST)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """A file is one worker's, which makes once what its tests share."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = Path(nodeid.split("::")[0]).stem
+            return "several processes" if file in SEVERAL_PROCESSES else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture

@@ -48,7 +48,7 @@ TEACHER = 5 * (2 + 2)  # four training and three validation samples, in batches 
 # three trial samples are two batches: the first call of each is made once, then a trial takes two steps up to the
 # second row and two to the end
 START, TRIAL = 2, 2 * (2 + 2)
-pytestmark = [pytest.mark.filterwarnings("ignore:.*torchvision.*"), pytest.mark.xdist_group("processes")]
+pytestmark = pytest.mark.filterwarnings("ignore:.*torchvision.*")
 
 
 class Searches(Forks):

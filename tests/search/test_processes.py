@@ -37,7 +37,7 @@ SEARCHES = {
 SEVERAL = 3
 TOLERANCE = 1e-12
 ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-pytestmark = [pytest.mark.filterwarnings("ignore:.*torchvision.*"), pytest.mark.xdist_group("processes")]
+pytestmark = pytest.mark.filterwarnings("ignore:.*torchvision.*")
 
 
 def search_arguments(model, output, method, **changes):

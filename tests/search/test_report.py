@@ -316,9 +316,6 @@ def test_a_published_solver_says_where_it_comes_from(folders):
 # --- in a browser --------------------------------------------------------------------------------------------------
 
 
-in_browser = pytest.mark.xdist_group("processes")
-
-
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
     """Headless Chromium that logs what its console says."""
@@ -355,7 +352,6 @@ def shown(browser):
     )
 
 
-@in_browser
 @pytest.mark.parametrize("width", [400, 1400])
 def test_the_page_in_chromium(width, whole, browser):
     page = opened(browser, whole, width)
@@ -373,7 +369,6 @@ def test_the_page_in_chromium(width, whole, browser):
     assert page.get_log("browser") == []
 
 
-@in_browser
 def test_the_slider_chooses_what_is_shown(whole, browser):
     page = opened(browser, whole, 1400)
     assert shown(page) == ["3"]
@@ -383,7 +378,6 @@ def test_the_slider_chooses_what_is_shown(whole, browser):
     assert shown(page) == ["3"]
 
 
-@in_browser
 def test_dark_pages_have_dark_plots(whole, browser):
     looks = []
     for scheme in ("light", "dark"):
@@ -395,7 +389,6 @@ def test_dark_pages_have_dark_plots(whole, browser):
     assert b"#0d1117" not in looks[0][1] and b"#0d1117" in looks[1][1]
 
 
-@in_browser
 def test_hostile_files_do_nothing_in_chromium(folders, browser):
     hostile(folders)
     page = opened(browser, report(folders, "--evaluation", folders / "evaluated"), 400)
@@ -403,7 +396,6 @@ def test_hostile_files_do_nothing_in_chromium(folders, browser):
     assert page.execute_script("return document.documentElement.scrollWidth") <= 400
 
 
-@in_browser
 def test_the_policy_stops_what_was_not_written_here(folders, browser):
     """Were something not escaped, it would still not run, nor load."""
     file = report(folders)
