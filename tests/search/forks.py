@@ -1,4 +1,5 @@
 """Commands in forked processes, which start with everything imported. Each may be told when it dies by a real signal.
+They have one thread each: those of the process that is forked do not live on, and a call that waits for them hangs.
 
 Moments: "step" of the solver, "interrupt" (SIGINT in a step), "before rename", "after rename", "half written" (a file,
 at its flush to the disk), "torn line" (of the journal). The steps of the preflight, which writes nothing, do not count.
@@ -14,6 +15,7 @@ import sys
 import traceback
 from pathlib import Path
 
+import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from tqdm.auto import tqdm
 
@@ -86,6 +88,7 @@ def child(argv, end, environment, log):
     try:
         sys.stdout = sys.stderr = log.open("w", buffering=1)
         os.environ.update({"ACCELERATE_USE_CPU": "true", **environment})
+        torch.set_num_threads(1)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for state in (AcceleratorState, GradientState, PartialState):
             state._reset_state()
