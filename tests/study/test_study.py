@@ -618,6 +618,9 @@ def test_training_makes_all_that_the_study_takes(tmp_path, monkeypatch):
     assert study_models.missing(models) == ["small-flow", "small-vp", "large-flow"]
     study_models.main(arguments)
     assert not study_models.missing(models)
+    assert (models / "large-vp" / "samples.png").exists()
+    with pytest.raises(SystemExit):
+        classifier.parse_args(["--output_dir", "somewhere"])  # of no data
     facts = study_models.facts(models)
     assert facts["large-vp"]["steps"] == 2 and facts["large-vp"]["path"] == "vp" and facts["classifier"]["epochs"] == 1
     config = json.loads((models / "large-vp" / "pipeline" / "transformer" / "config.json").read_text())
