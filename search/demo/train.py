@@ -54,7 +54,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--attention_levels", type=int, default=2, help="how many of the coarsest resolutions have attention")
     add("--dropout", type=float, default=0.0)
     add("--noise_levels", choices=("logit-normal", "mixed"), default="logit-normal", help="of the flow, see `noised`")
-    add("--max_loss_weight", type=float, default=1.0, help="of vp: up to this, 1 / alphas_cumprod[t] weighs the loss")
+    add("--prediction_type", choices=("epsilon", "v_prediction"), default="epsilon", help="of vp")
+    add("--initial_model", type=Path, default=None, help="pipeline with a network of this shape to start from")
     add("--train_batch_size", type=int, default=128, help="over all processes")
     add("--max_train_steps", type=int, default=6000)
     add("--max_train_minutes", type=float, default=math.inf, help="decay and stop by the clock instead")
@@ -119,11 +120,16 @@ def build_network(args: argparse.Namespace, num_classes: int) -> DiTTransformer2
     )
 
 
-def build_scheduler(path: str) -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:
-    if path == "flow":
+def build_scheduler(args: argparse.Namespace) -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:
+    if args.path == "flow":
         return FlowMatchEulerDiscreteScheduler()
     return DDIMScheduler(
-        beta_start=0.0001, beta_end=0.02, beta_schedule="linear", clip_sample=False, set_alpha_to_one=False
+        beta_start=0.0001,
+        beta_end=0.02,
+        beta_schedule="linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        prediction_type=args.prediction_type,
     )
 
 
@@ -145,7 +151,8 @@ def noised(
     """Network input (b, C, H, W), its timestep (b,) on the 0..1000 scale, and the regression target.
 
     flow: x = (1 - sigma) x0 + sigma noise, target noise - x0, sigma logit-normal, or half of them uniform ("mixed":
-    the last steps of a solver, near the data, are then trained as well as the rest). vp: DDPM, target the noise.
+    the last steps of a solver, near the data, are then trained as well as the rest). vp: DDPM, target the noise or the velocity alpha
+    noise - sigma x0 (Salimans and Ho 2022), which stays well-posed where the data are drowned in noise.
     """
     noise = torch.randn(x0.shape, generator=g, device=g.device)
     if args.path == "flow":
@@ -155,7 +162,8 @@ def noised(
         s = sigma.view(-1, 1, 1, 1)
         return (1 - s) * x0 + s * noise, sigma * 1000, noise - x0
     t = torch.randint(0, scheduler.config.num_train_timesteps, (len(x0),), generator=g, device=g.device)
-    return scheduler.add_noise(x0, noise, t), t, noise
+    target = noise if args.prediction_type == "epsilon" else scheduler.get_velocity(x0, noise, t)
+    return scheduler.add_noise(x0, noise, t), t, target
 
 
 def progress_of(step: int, started: float, args: argparse.Namespace) -> float:
@@ -192,7 +200,7 @@ def sample_page(
     args: argparse.Namespace, network: DiTTransformer2DModel | UNet2DModel, num_classes: int
 ) -> Image.Image:
     """A row of images for each class, guided, from the same noise whenever it is asked for."""
-    scheduler = build_scheduler(args.path)
+    scheduler = build_scheduler(args)
     if args.path == "flow":
         scheduler.set_timesteps(sigmas=np.linspace(1, 1 / STEPS, STEPS), device=network.device)
     else:
@@ -215,7 +223,7 @@ def sample_page(
 def save_pipeline(args: argparse.Namespace, network: DiTTransformer2DModel | UNet2DModel, names: list[str]) -> None:
     from diffusers_dssolver.pipelines import SiTPipeline
 
-    scheduler = build_scheduler(args.path)
+    scheduler = build_scheduler(args)
     pipe = SiTPipeline(transformer=network.half(), scheduler=scheduler, id2label=dict(enumerate(names)))
     pipe.save_pretrained(args.output_dir / "pipeline")
 
@@ -232,6 +240,8 @@ class Training:
         self.images, self.labels = images.to(device), labels.to(device)
         self.mirrored = torch.tensor([name in args.mirrored_classes for name in self.names], device=device)
         network = build_network(args, len(self.names))
+        if args.initial_model:
+            network.load_state_dict(type(network).from_pretrained(args.initial_model / "transformer").state_dict())
         # a DiT stays in eval(): its label embedders, one per block, would each drop labels; draw_batch drops them once
         network.train(args.network == "unet")
         self.ema = EMAModel(network.parameters(), decay=args.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
@@ -240,7 +250,7 @@ class Training:
         )
         self.network, self.optimizer = self.accelerator.prepare(network, optimizer)
         self.accelerator.register_for_checkpointing(self.ema)
-        self.scheduler = build_scheduler(args.path)
+        self.scheduler = build_scheduler(args)
         self.step, self.started = 0, time.time()
         self.loss = None  # running mean, kept on the device
         if args.resume_from_checkpoint and (checkpoint := latest_checkpoint(args.output_dir)):
@@ -263,7 +273,7 @@ class Training:
             group["lr"] = learning_rate(self.step, done, args)
         x = x.contiguous(memory_format=torch.channels_last)  # what convolutions like best
         output = self.network(x, timestep=t, class_labels=y).sample
-        loss = ((output.float() - target).square().mean((1, 2, 3)) * self.loss_weight(t)).mean()
+        loss = torch.nn.functional.mse_loss(output.float(), target)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(self.network.parameters(), args.max_grad_norm)
         self.optimizer.step()
@@ -271,12 +281,6 @@ class Training:
         self.ema.step(self.network.parameters())
         self.step += 1
         self.loss = loss.detach() if self.loss is None else self.loss.lerp(loss.detach(), LOSS_WEIGHT)
-
-    def loss_weight(self, t: torch.Tensor) -> torch.Tensor | float:
-        """1 / alphas_cumprod measures vp's error in the picture's units (as v does): the start of a solver counts."""
-        if self.args.path == "flow":
-            return 1.0
-        return (1 / self.scheduler.alphas_cumprod.to(t.device)[t]).clamp(max=self.args.max_loss_weight)
 
     def progress(self) -> dict[str, float]:
         return {"step": self.step, "seconds": time.time() - self.started, "loss": self.loss.item()}
@@ -290,7 +294,8 @@ class Training:
             "images": len(self.images),
             "network": args.network,
             "noise_levels": args.noise_levels if args.path == "flow" else "uniform",
-            "max_loss_weight": args.max_loss_weight if args.path == "vp" else 1.0,
+            "prediction_type": args.prediction_type if args.path == "vp" else "velocity",
+            "initial_model": args.initial_model and args.initial_model.name,
             "steps": self.step,
             "train_batch_size": args.train_batch_size,
             "minutes": round((time.time() - self.started) / 60, 1),

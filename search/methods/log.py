@@ -39,6 +39,11 @@ class Log:
     def recalled(self, evaluations: int) -> None:
         """Count evaluations of a killed run whose results are kept."""
 
+    def affords(self, evaluations: int) -> bool:
+        """Whether so many more network evaluations, over all processes, fit into the budget of the search. A method
+        asks before whatever it can do without."""
+        return True
+
     @contextmanager
     def progress(self, description: str, unit: str, total: int) -> Iterator[Callable[..., None]]:
         """Gives a function to call after every unit of work, with figures to show."""
