@@ -11,7 +11,7 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
 
-from .artefacts import carry_over, consistent, fill, first_fitting, model_facts
+from .artefacts import carry_over, consistent, distilled, fill, first_fitting, model_facts
 from .config import CLASSICAL, SCHEDULE_KEYS, check, check_keys, without_old_keys
 from .derive import Shift
 from .paths import Path
@@ -112,6 +112,8 @@ class LoadableScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
         if unknown := sorted(set(kwargs) - known):
             raise ValueError(f"{cls.__name__} has no argument {unknown[0]!r}; there are: {', '.join(sorted(known))}")
         facts = model_facts({**config, **{key: kwargs[key] for key in SCHEDULE_KEYS if key in kwargs}})
+        if warning := distilled(config):
+            logger.warning(warning)
         if "flow_shift" in config:  # one shift under two names
             config["flow_shift"] = kwargs.get("shift", facts.get("shift", config["flow_shift"]))
         defaults = config.get("_use_default_values", [])

@@ -155,19 +155,20 @@ class DSSolverScheduler(NoiseSchedule):
                 does it, of a vp model sigma/alpha, where a last 0 is no step. With tables, only the length counts of a
                 grid that some pipeline passes by default (`grids.default_grids`).
                 With both `timesteps` and `sigmas` the network is fed times without the shift (CogView4).
-            mu: flow only; resolution shift computed by a pipeline, used when the configuration has
-                `use_dynamic_shifting`, and remembered for later calls without it.
+            mu: resolution shift computed by a pipeline, used when the configuration has `use_dynamic_shifting`, and
+                remembered for later calls without it. It means nothing to a vp solver, which says so.
 
         Raises:
-            ValueError: for no or contradicting arguments, grids that do not fall, flow arguments on a vp solver, or
+            ValueError: for no or contradicting arguments, grids that do not fall, `sigmas` with `mu` on a vp solver, or
                 with `strict` a step count that has no table.
         """
         self._follow_config()
         flow = isinstance(self._path, FlowPath)
         if mu is not None and not flow:
-            raise ValueError(
-                f"mu given to a vp solver ({self.config.prediction_type}): this is a flow model; load a flow solver"
-            )
+            if sigmas is not None:
+                raise ValueError("sigmas and mu given to a vp solver: this is a flow model; load a flow solver")
+            self._tell("mu is a resolution shift of flow models and means nothing to this vp solver; it is passed over")
+            mu = None
         grids = [None if grid is None else as_float64(grid).reshape(-1).tolist() for grid in (timesteps, sigmas)]
         before = self._mu
         try:
@@ -177,9 +178,7 @@ class DSSolverScheduler(NoiseSchedule):
         except ValueError:
             self._mu = before
             raise
-        if message and message not in self._said:
-            self._said.add(message)
-            logger.warning(message)
+        self._tell(message)
         # stock flow schedulers list clean data, where it is given, as a step; stock vp schedulers as the end
         given = grids[0] if sigmas is None else grids[1]
         listed = spec.nfe if given is None or (sigmas is not None and not flow) else len(given)
@@ -291,6 +290,12 @@ class DSSolverScheduler(NoiseSchedule):
         return self.config.num_train_timesteps
 
     # --- inside ----------------------------------------------------------------------------------------------------
+
+    def _tell(self, message: str | None) -> None:
+        """Warn, once."""
+        if message and message not in self._said:
+            self._said.add(message)
+            logger.warning(message)
 
     def _solver_set(self) -> SolverSet:
         return SolverSet(self._path, self._solvers, self._shift(), self._searched, self.config.strict)
