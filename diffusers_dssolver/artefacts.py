@@ -160,8 +160,8 @@ def mismatch(model: Config, solver: Config) -> str | None:
     return None
 
 
-def searched_at(solver: Config) -> dict[str, float | None] | None:
-    """The resolution shift contained in the nodes of a full configuration: recorded, or its own constant shift."""
+def searched_at(solver: Config) -> dict[str, Any] | None:
+    """`searched_shift` of a full configuration: recorded, or its own constant shift."""
     if solver["searched_shift"] is not None:
         return solver["searched_shift"]
     if solver["prediction_type"] != "flow_prediction" or solver["use_dynamic_shifting"]:

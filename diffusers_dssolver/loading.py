@@ -39,7 +39,7 @@ class LoadableScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
     config: Any
     _path: Path
     _solvers: dict[int, SolverSpec]
-    _searched: Shift | None
+    _searched: dict[int | None, Shift]
     _known: dict[str, Any]
 
     def register_to_config(self, **kwargs: Any) -> None:
@@ -68,7 +68,7 @@ class LoadableScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
         checked = check(self.config)
         super().register_to_config(**checked.entries)
         vars(self.config)["use_flow_sigmas"] = False
-        self._path, self._solvers, self._searched = checked.path, checked.solvers, checked.searched_shift
+        self._path, self._solvers, self._searched = checked.path, checked.solvers, checked.searched_shifts
         self._known = {
             key: self.config[key]
             for key in {*self._get_init_keys(type(self)), "flow_shift"} - UNWATCHED

@@ -53,8 +53,9 @@ class DSSolverScheduler(NoiseSchedule):
         continuous_time: alpha and sigma of vp from the continuous formula, as the published DiT solvers need.
         shift, use_dynamic_shifting, time_shift_type, shift_terminal, invert_sigmas, base_shift, max_shift,
             base_image_seq_len, max_image_seq_len: resolution shift of flow models, as in FlowMatchEulerDiscrete.
-        searched_shift: {"factor": e, "terminal": number or null}, the shift contained in the nodes of `solvers`. Tables
-            are warped where the model's own shift differs. None: nodes are used as they are.
+        searched_shift: {"factor": e, "terminal": number or null}, the shift contained in the nodes of `solvers`, or one
+            such entry by step count, {"5": {...}, ...}, for models whose shift depends on it (FLUX.2). Tables are
+            warped where the model's own shift differs. None: nodes are used as they are.
         thresholding, dynamic_thresholding_ratio, sample_max_value: dynamic thresholding of the predicted data (vp).
         variance_type: "learned" or "learned_range": the network's output has variances behind the prediction.
         use_flow_sigmas: follows from `prediction_type`; kept for the classes and pipelines that read it.
@@ -117,7 +118,7 @@ class DSSolverScheduler(NoiseSchedule):
         thresholding: bool = False,
         dynamic_thresholding_ratio: float = 0.995,
         sample_max_value: float = 1.0,
-        searched_shift: dict[str, float | None] | None = None,
+        searched_shift: dict[str, Any] | None = None,
         history_length: int | None = None,
         guidance_solvers: dict[str, dict[str, dict[str, list]]] | None = None,
         guidance_scale: float | None = None,
