@@ -1,4 +1,4 @@
-"""`DSSolverScheduler` in every pipeline of `pipeline_zoo.py`: one function per check, one case per pipeline and solver.
+"""`DSSolverScheduler` in every pipeline of the zoo: one function per check, one case per pipeline and solver.
 
 `python -m tests.pipelines.conformance` runs all of it and writes the table of outcomes.
 """
@@ -18,7 +18,7 @@ from diffusers import (
 
 from diffusers_dssolver import DSSolverScheduler
 from diffusers_dssolver.config import is_flow
-from tests.pipelines.zoo import ZOO, Entry, absent, generators, network_of
+from tests.pipelines.zoo import ZOO, Entry, absent, generators, networks_of
 
 COVERING = ("DiT", "Stable Diffusion", "SDXL", "Stable Diffusion 3", "FLUX", "Wan")  # these also in the short run
 STEPS, OTHER_STEPS, IMAGE_STEPS = 4, 7, 10  # the published solvers have tables for the last two
@@ -64,7 +64,8 @@ def draw(entry: Entry, pipe: DiffusionPipeline, steps=STEPS, samples=(0,), decod
 def counted(pipe):
     """A list that grows by one with each call of the network."""
     calls = []
-    network_of(pipe).register_forward_pre_hook(lambda *_: calls.append(1))
+    for network in networks_of(pipe):
+        network.register_forward_pre_hook(lambda *_: calls.append(1))
     return calls
 
 
@@ -90,7 +91,7 @@ def test_runs(entry, solvers):
     assert len(pipe.scheduler.timesteps) == STEPS
     taken = (pipe.scheduler.timesteps >= 1000 * (1 - entry.part)).sum() if entry.part < 1 else STEPS
     assert len(calls) == taken * entry.calls
-    assert pipe.scheduler.step_index == taken
+    assert pipe.scheduler.step_index == (None if entry.copies else taken)
 
 
 @cases(slow=True)
@@ -115,7 +116,7 @@ def test_half_precision(entry, solvers):
     assert relative(single - half, single) < 0.06
 
 
-@cases(slow=True)
+@cases(lambda entry: entry.batches, slow=True)
 def test_batch_is_its_samples(entry, solvers):
     pipe = build(entry, solvers)
     batch = draw(entry, pipe, samples=(0, 1))
@@ -134,10 +135,11 @@ def test_interrupted_then_again(entry, solvers):
         if len(calls) == entry.calls + 1:
             raise Stop
 
-    handle = network_of(pipe).register_forward_hook(stop)
+    handles = [network.register_forward_hook(stop) for network in networks_of(pipe)]
     with pytest.raises(Stop):
         draw(entry, pipe, OTHER_STEPS)
-    handle.remove()
+    for handle in handles:
+        handle.remove()
     assert np.array_equal(draw(entry, pipe, OTHER_STEPS), wanted)
 
 
