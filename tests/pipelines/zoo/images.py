@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import sys
+from unittest import mock
+
 import diffusers as d
+import tokenizers
 import torch
+import transformers
+from PIL import Image
 
 from .parts import (
     NO_TEXT,
@@ -22,6 +29,7 @@ from .parts import (
     normal,
     of,
     ones,
+    pictures,
     pooled,
     positive,
     prompts,
@@ -66,7 +74,11 @@ def sd3_controlnet_parts():
             pooled_projection_dim=TEXT,
         )
 
-    return sd3_parts(controlnet=scaled(make, 0.5))
+    parts = sd3_parts(controlnet=scaled(make, 0.5))
+    with torch.no_grad():  # hardly any noise in latents of pictures, for which the pipeline takes no generator
+        parts["vae"].quant_conv.weight[4:] = 0
+        parts["vae"].quant_conv.bias[4:] = -30
+    return parts
 
 
 FLUX = {
@@ -291,6 +303,15 @@ def make_aura_flow():
     return d.AuraFlowPipeline(**NO_TEXT, vae=make_vae(), transformer=scaled(make), scheduler=scheduler)
 
 
+QWEN_SHIFT = {
+    "use_dynamic_shifting": True,
+    "base_shift": 0.5,
+    "max_shift": 0.9,
+    "max_image_seq_len": 8192,
+    "shift_terminal": 0.02,
+}
+
+
 def qwen_image_parts(**others):
     def transformer():
         return d.QwenImageTransformer2DModel(
@@ -315,9 +336,7 @@ def qwen_image_parts(**others):
             latents_std=[1.0] * 4,
         )
 
-    scheduler = d.FlowMatchEulerDiscreteScheduler(
-        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
-    )
+    scheduler = d.FlowMatchEulerDiscreteScheduler(**QWEN_SHIFT)
     parts = {"vae": scaled(vae, 0.5, seed=1), "transformer": scaled(transformer), "scheduler": scheduler}
     return {**NO_TEXT, **parts, **others}
 
@@ -326,6 +345,78 @@ def qwen_image_arguments(pipe, samples):
     masks = ones(samples, "prompt_embeds_mask", "negative_prompt_embeds_mask", dtype=torch.long)
     arguments = prompts(pipe, samples) | masks
     return arguments | {"guidance_scale": None, "true_cfg_scale": 2.0}
+
+
+def unresized(pipeline):
+    """The pipeline without its resizing of pictures to a million pixels."""
+    module = sys.modules[pipeline.__module__]
+    others = module.calculate_dimensions(1, 1)[2:]
+
+    @functools.wraps(pipeline.__call__)
+    def call(*args, **kwargs):
+        with mock.patch.object(module, "calculate_dimensions", return_value=(SIZE, SIZE, *others)):
+            return pipeline.__call__(*args, **kwargs)
+
+    return type(pipeline.__name__, (pipeline,), {"__call__": call})
+
+
+def qwen_edit_parts():
+    return qwen_image_parts(processor=None)
+
+
+def qwen_edit_arguments(pipe, samples):
+    rows = (pictures(samples, SIZE, SIZE, 3) * 255).to(torch.uint8)
+    return qwen_image_arguments(pipe, samples) | {"image": [Image.fromarray(row.numpy()) for row in rows]}
+
+
+def qwen_image21_parts():
+    """Pictures with an opacity. The text encoder is not there, but the pipeline asks its processor for two tokens."""
+
+    def transformer():
+        return d.QwenImage21Transformer2DModel(
+            in_channels=4,
+            out_channels=4,
+            num_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            context_in_dim=TEXT,
+            axes_dims_rope=(4, 2, 2),
+        )
+
+    def vae():
+        return d.AutoencoderKLQwenImage21(
+            base_dim=4,
+            decoder_base_dim=4,
+            z_dim=4,
+            dim_mult=[1, 1],
+            num_res_blocks=1,
+            temperal_downsample=[False],
+            latents_mean=[0.0] * 4,
+            latents_std=[1.0] * 4,
+            scale_factor_spatial=2,
+        )
+
+    special = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+    words = tokenizers.models.WordLevel({token: i for i, token in enumerate(("?", *special))}, "?")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(words), additional_special_tokens=special
+    )
+    template = "{% for message in messages %}{{ message['role'] }}{% endfor %}"
+    tokenizer.chat_template = template
+    processor = transformers.Qwen3VLProcessor(
+        transformers.Qwen2VLImageProcessor(), tokenizer, transformers.Qwen3VLVideoProcessor(), chat_template=template
+    )
+    return {
+        "text_encoder": None,
+        "processor": processor,
+        "vae": scaled(vae, 0.5, seed=1),
+        "transformer": scaled(transformer),
+        "scheduler": d.FlowMatchEulerDiscreteScheduler(**QWEN_SHIFT),
+    }
+
+
+def qwen_image21_arguments(pipe, samples):
+    return {k: v for k, v in qwen_image_arguments(pipe, samples).items() if k != "guidance_scale"}
 
 
 def make_cogview4():
@@ -400,5 +491,20 @@ ENTRIES = [
     flow("Lumina 2", make_lumina2, lumina2_arguments, (WIDE, WIDE, 3), calls=2),
     flow("AuraFlow", make_aura_flow, masked_arguments),
     flow("Qwen-Image", of(d.QwenImagePipeline, qwen_image_parts), qwen_image_arguments, calls=2),
+    flow("Qwen-Image Edit", of(unresized(d.QwenImageEditPipeline), qwen_edit_parts), qwen_edit_arguments, calls=2),
+    flow(
+        "Qwen-Image Edit Plus",
+        of(unresized(d.QwenImageEditPlusPipeline), qwen_edit_parts),
+        qwen_edit_arguments,
+        calls=2,
+        batches=False,
+    ),
+    flow(
+        "Qwen-Image 2.1",
+        of(fixed(d.QwenImage21Pipeline, vae_scale_factor=2), qwen_image21_parts),
+        qwen_image21_arguments,
+        (SIZE, SIZE, 4),
+        calls=2,
+    ),
     flow("CogView4", make_cogview4, prompts, calls=2),
 ]

@@ -31,6 +31,7 @@ class Entry:
     result: the attribute of the output.
     raw: the output type that nothing clips, where there is one.
     half: whether the pipeline itself runs in bfloat16.
+    single: modules that diffusers keeps in float32 when it loads a model in bfloat16, and the network relies on it.
     strength: whether it takes a picture and a strength.
     table: the published solver that belongs to these betas, or to any flow model.
     part: of the times, that this call takes.
@@ -47,6 +48,7 @@ class Entry:
     result: str = "images"
     raw: str = "latent"
     half: bool = True
+    single: tuple[str, ...] = ()
     strength: bool = False
     table: str | None = None
     part: float = 1.0

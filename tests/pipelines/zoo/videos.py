@@ -158,7 +158,10 @@ def ltx2_parts():
 
 
 def ltx2_arguments(pipe, samples):
-    return masked_arguments(pipe, samples, WIDE, num_frames=9, frame_rate=25.0)
+    """With all its guidance: by prompts, by a block left out, by pictures and sound that do not see each other."""
+    return masked_arguments(
+        pipe, samples, WIDE, num_frames=9, frame_rate=25.0, spatio_temporal_guidance_blocks=[0], stg_scale=0.5
+    )
 
 
 WAN = {
@@ -210,7 +213,7 @@ SKYREELS = {"network": d.SkyReelsV2Transformer3DModel, "head": 12, "shift": 8.0}
 
 
 def forcing_arguments(pipe, samples):
-    """Each frame of latents has a copy of the scheduler."""
+    """Each frame of latents has a copy of the scheduler. The pipeline cuts times to whole numbers."""
     return wan_arguments(pipe, samples) | {
         "num_frames": 9,
         "base_num_frames": 9,
@@ -390,8 +393,8 @@ ENTRIES = [
         own_grid=True,
         **video(9, WIDE),
     ),
-    flow("LTX-2", of(d.LTX2Pipeline, ltx2_parts), ltx2_arguments, **video(9, WIDE)),
-    flow("LTX-2 sound", of(d.LTX2Pipeline, ltx2_parts), ltx2_arguments, (2, 66), result="audio"),
+    flow("LTX-2", of(d.LTX2Pipeline, ltx2_parts), ltx2_arguments, calls=3, **video(9, WIDE)),
+    flow("LTX-2 sound", of(d.LTX2Pipeline, ltx2_parts), ltx2_arguments, (2, 66), calls=3, result="audio"),
     flow("Wan", of(d.WanPipeline, wan_parts), wan_arguments, calls=2, **video(5, WIDE)),
     flow(
         "Wan video-to-video",
@@ -405,13 +408,20 @@ ENTRIES = [
     flow("SkyReels-V2", of(d.SkyReelsV2Pipeline, wan_parts, **SKYREELS), wan_arguments, calls=2, **video(5, WIDE)),
     flow(
         "SkyReels-V2 diffusion forcing",
-        of(d.SkyReelsV2DiffusionForcingPipeline, wan_parts, **SKYREELS),
+        of(d.SkyReelsV2DiffusionForcingPipeline, wan_parts, **{**SKYREELS, "shift": 1.0}),
         forcing_arguments,
         calls=2,
         copies=True,
         **video(9, WIDE),
     ),
-    flow("Kandinsky 5", of(d.Kandinsky5T2VPipeline, kandinsky5_parts), kandinsky5_arguments, calls=2, **video(5, SIZE)),
+    flow(
+        "Kandinsky 5",
+        of(d.Kandinsky5T2VPipeline, kandinsky5_parts),
+        kandinsky5_arguments,
+        calls=2,
+        single=("time_embeddings", "modulation", "visual_modulation", "text_modulation"),
+        **video(5, SIZE),
+    ),
     flow("HunyuanVideo", make_hunyuan_video, hunyuan_video_arguments, **video(5, SIZE)),
     flow(
         "HunyuanVideo 1.5",
