@@ -4,9 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .interface import Found, compare, evaluate, search
+    from .interface import Found, compare, evaluate, load_pipeline, search
 
-__all__ = ["Found", "compare", "evaluate", "search"]
+__all__ = ["Found", "compare", "evaluate", "load_pipeline", "search"]
 
 
 def __getattr__(name: str) -> object:

@@ -31,6 +31,7 @@ from .methods.record import SCHEDULER, Record
 from .methods.search import carry_out
 from .methods.setup import Callback, Setup
 from .pipeline.fingerprint import is_plain
+from .pipeline.loading import load_pipeline
 from .pipeline.model import SEARCHED, Model, fitted, searched_guidance
 from .pipeline.prompts import prompts_of
 from .pipeline.sampler import Conditions, arguments_of, own_guidance
@@ -38,6 +39,7 @@ from .processes import from_main
 from .settings import CompareConfig, EvaluateConfig, ModelConfig, PublishConfig, SearchConfig, made
 from .storage import write_text
 
+__all__ = ["Found", "compare", "evaluate", "load_pipeline", "search"]
 C = TypeVar("C", bound=ModelConfig)
 OF_LOADING = ("pretrained_model_name_or_path", "revision", "dtype")  # settings that a pipeline in hand has decided
 PICTURES = 4  # of a search that is shown
@@ -113,8 +115,9 @@ def compare(
     named = _named(solvers)
     arguments = _with_counts(arguments, named)
     settings, model = _given(CompareConfig, pipe, prompts, conditions, output_dir, arguments)
-    with model.borrowed(), _kept_in(settings) as (settings, accelerator):
-        found = carried_out(Comparison(settings, accelerator, model, _schedulers(named)))
+    with model.borrowed(), _kept_in(settings) as (kept, accelerator):
+        found = carried_out(Comparison(kept, accelerator, model, _schedulers(named)))
+    found = dataclasses.replace(found, config=settings)
     if output_dir and accelerator.is_main_process:
         found.save(output_dir)
     return found
@@ -145,8 +148,8 @@ def evaluate(
     named = _named(solvers)
     arguments = _with_counts({**arguments, "reference": str(reference)}, named)
     settings, model = _given(EvaluateConfig, pipe, prompts, conditions, output_dir, arguments)
-    with model.borrowed(), _kept_in(settings) as (settings, accelerator):
-        return Evaluated(Evaluation(settings, accelerator, model, _schedulers(named))())
+    with model.borrowed(), _kept_in(settings) as (kept, accelerator):
+        return Evaluated(Evaluation(kept, accelerator, model, _schedulers(named))())
 
 
 class Found:
@@ -187,9 +190,8 @@ class Found:
         pipe.scheduler = solver
         searched, own = searched_guidance(self.scheduler), own_guidance(pipe)
         if searched is not None and own is not None and searched != own:
-            warn(
-                f"searched at guidance scale {searched:g}, this pipeline's default is {own:g}; call it with the former"
-            )
+            told = f"searched at guidance scale {searched:g}, this pipeline's default is {own:g}"
+            warn(f"{told}; call it with guidance_scale={searched:g}")
 
     def restore(self, pipe: Any = None) -> None:
         """Put back the scheduler that a pipeline had before `apply`.
@@ -199,21 +201,15 @@ class Found:
         """
         pipe = self._model.pipe if pipe is None else pipe
         if pipe not in self._replaced:
-            raise ValueError(
-                f"these solvers were not applied to this {type(pipe).__name__}; there is nothing to restore"
-            )
+            raise ValueError(f"these solvers were not applied to this {type(pipe).__name__}: nothing to restore")
         pipe.scheduler = self._replaced.pop(pipe)
 
     def compare(self, **arguments: Any) -> Compared:
         """`compare` of the pipeline and the calls that were searched; arguments go over them."""
         settings, model = self._settings, self._model
-        call = {
-            "guidance_scale": settings.guidance_scale,
-            **settings.call,
-            **model.call,
-            "batch_size": settings.batch_size,
-        }
-        given = {"prompts": list(model.prompts) or None, "conditions": model.conditions, **call, **arguments}
+        same = {name: getattr(settings, name) for name in ("guidance_scale", "seed", "batch_size")}
+        same |= {"prompts": list(model.prompts) or None, "conditions": model.conditions}
+        given = {**same, **settings.call, **model.call, **arguments}
         with self._as_searched():
             return compare(model.pipe, given.pop("solvers", self), **given)
 

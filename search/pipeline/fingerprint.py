@@ -50,9 +50,9 @@ def _beside_parameters(module: nn.Module) -> list[Any]:
     packed = getattr(module, "_weight_bias", None)
     if callable(packed):
         found += [None if part is None else digest(part.int_repr() if part.is_quantized else part) for part in packed()]
-    if active := getattr(module, "active_adapters", None):
-        scaling = getattr(module, "scaling", {})
-        found += [[name, scaling.get(name)] for name in active if isinstance(scaling, Mapping)]
+    scaling = getattr(module, "scaling", None)
+    if isinstance(scaling, Mapping):
+        found += [[name, scaling.get(name)] for name in module.active_adapters]
     return found
 
 

@@ -58,7 +58,8 @@ def freeze(pipe: Any) -> Any:
     for module in pipe.components.values():
         if isinstance(module, nn.Module):
             module.requires_grad_(False).eval()
-    pipe.set_progress_bar_config(disable=True)
+    for bar in _bars(pipe):
+        bar.set_progress_bar_config(disable=True)
     return pipe
 
 

@@ -121,7 +121,8 @@ class Sampler:
 
     def _check(self) -> None:
         name = type(self.pipe).__name__
-        if (scheduler := getattr(self.pipe, "scheduler", None)) is None:
+        scheduler = vars(self.pipe).get("scheduler")  # diffusers answers for an absent one with its configuration
+        if scheduler is None:
             raise ValueError(f"{name} has no scheduler, so there is nothing for a solver to take the place of")
         if type(scheduler).__name__ in DISTILLED or scheduler.config.get("stochastic_sampling"):
             raise ValueError(

@@ -16,8 +16,8 @@ from diffusers_dssolver.pipelines import SiTPipeline
 from dssolver_search.cli import main
 from dssolver_search.methods import closed_form
 from dssolver_search.methods import fill as fill_module
-from dssolver_search.pipeline import model as model_module
 from dssolver_search.methods.paper import Loop
+from dssolver_search.pipeline import model as model_module
 from dssolver_search.pipeline.loading import load_pipeline
 from dssolver_search.pipeline.sampler import Sampler
 from tests.families import (
