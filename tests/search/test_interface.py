@@ -398,14 +398,28 @@ def test_a_comparison_of_what_was_found(capsys, tmp_path):
     assert "mine was searched at guidance scale 2.0, this run is at 1.5" in capsys.readouterr().err
 
 
-def test_an_evaluation_of_what_was_found(tmp_path, monkeypatch):
+def crowded(most):
+    """A hook: a device on which so many samples fit."""
+
+    def full(module, args):
+        if len(args[0]) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    return full
+
+
+def test_an_evaluation_of_what_was_found(tmp_path, monkeypatch, capsys):
+    """On a device that holds 40 guided pairs: images are made 32 at a time."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    pipe = make_pipe("flow")
+    pipe.transformer.register_forward_pre_hook(crowded(80))
     evaluated = evaluate(
-        make_pipe("flow"), found_small(), reference=classifier.FOLDER / "reference.safetensors", nfe=2,
+        pipe, found_small(), reference=classifier.FOLDER / "reference.safetensors", nfe=2, batch_size=64,
         extractor="dssolver_search.demo.classifier:load", schedulers=["unipc"], num_images=70, subsets=0,
         guidance_scale=2.0,
     )  # fmt: skip
     assert [r["scheduler"] for r in evaluated.record["results"]] == ["searched", "unipc"]
+    assert "64 samples do not fit into memory; 32 run together from here on" in capsys.readouterr().err
     assert "Frechet distance" in repr(evaluated) and "<pre" in evaluated._repr_html_()
     assert not list(tmp_path.iterdir())
 
@@ -532,12 +546,7 @@ def test_out_of_memory(most, pipe, capsys, tmp_path, monkeypatch):
     """A device on which so many samples fit: the batch is halved until it does."""
     wanted = search(pipe, **ONE, batch_size=2, guidance_scale=1.0)
     capsys.readouterr()
-    hook = pipe.transformer.register_forward_pre_hook(lambda module, args: crowded(args[0]))
-
-    def crowded(x):
-        if len(x) > most:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-
+    hook = pipe.transformer.register_forward_pre_hook(crowded(most))
     try:
         if most == 0:
             refusing(pipe, "a single sample does not fit into memory; offload .*bfloat16, or make smaller images")
@@ -572,7 +581,7 @@ def kinds(book):
 
 
 def test_the_notebook_runs_as_stored(tmp_path, monkeypatch):
-    smaller = [("BUDGET = 12000", "BUDGET = 4000"), ("num_samples=4", "num_samples=2"), ("steps=100", "steps=10")]
+    smaller = [("BUDGET = 20000", "BUDGET = 4000"), ("num_samples=4", "num_samples=2"), ("steps=100", "steps=10")]
     found = notebook.executed(tmp_path, *smaller)
     stored = json.loads(notebook.FILE.read_text(encoding="utf-8"))
     assert kinds(found) == kinds(stored) and sum(map(bool, kinds(found))) == 4
