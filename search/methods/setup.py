@@ -34,6 +34,7 @@ NOT_IN_KEY = ("nfe", "output_dir", "batch_size", "fill_nfe", "resume_from_checkp
 # settings that are gone or came later, at their defaults: folders of searches that do not use them keep their keys
 GONE = {"guidance_scales": [], "teacher_scheduler": "", "optimizer": "lbfgs"}
 LATER = {"parametrisation": "corrections", "budget": ""}
+DISTILLED = ("turbo", "lightning", "schnell", "lcm", "distilled")  # in names of models
 T = TypeVar("T")
 Callback = Callable[[dict[str, Any]], object]
 
@@ -73,6 +74,9 @@ class Setup:
         pipe = self.model.pipe
         if pipe.dtype == torch.float16:
             self.warn("float16 overflows at 65 504, gradients of times are percents off; safer: bfloat16")
+        if any(word in Path(settings.pretrained_model_name_or_path).name.lower() for word in DISTILLED):
+            name = settings.pretrained_model_name_or_path
+            self.warn(f"{name} seems to be distilled for a few fixed steps, where its own scheduler may serve it best")
         self.sampler = self.model.sampler(settings)
         self.folder = Path(settings.output_dir) if settings.output_dir else None
         self.student = Student(self.sampler)

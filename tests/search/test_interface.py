@@ -169,7 +169,7 @@ def test_an_error_of_any_kind_leaves_the_pipeline_as_it_was(pipe):
 
 
 def test_killed_and_gone_on_with_to_the_bit(tmp_path):
-    """kill -9 in the teacher, in a fit and while a file is renamed."""
+    """kill -9 in the teacher, in a fit and while a file is renamed; and Ctrl-C in a network call."""
     forks = Forks(tmp_path)
 
     def job(folder):
@@ -181,10 +181,12 @@ def test_killed_and_gone_on_with_to_the_bit(tmp_path):
     for moment in (("step", round(0.5 * steps)), ("step", round(0.2 * steps)), ("before rename", 2), NEVER):
         [code], [log] = forks.run((job(tmp_path / "killed"), moment, {}))
         assert code == (0 if moment is NEVER else -signal.SIGKILL), log
-    whole, killed = (
-        json.loads((tmp_path / name / "scheduler_config.json").read_text()) for name in ("whole", "killed")
-    )
-    assert without_clock(killed) == without_clock(whole)
+    [code], [log] = forks.run((job(tmp_path / "stopped"), ("interrupt", round(0.9 * steps)), {}))
+    assert code == 0 and "interrupted; solvers for 2 calls are finished" in log
+    forks.run((job(tmp_path / "stopped"), NEVER, {}))
+    files = [tmp_path / name / "scheduler_config.json" for name in ("whole", "killed", "stopped")]
+    whole, *others = (without_clock(json.loads(file.read_text())) for file in files)
+    assert others == [whole, whole]
 
 
 def test_several_processes_share_the_work(tmp_path):
@@ -539,6 +541,15 @@ def test_pipelines_that_cannot_be_searched(fault, tmp_path):
     for state in (before, after):
         state["own"] = state["own"].get("_progress_bar_config")
     assert after == before and not (tmp_path / "out" / "scheduler_config.json").exists()
+
+
+def test_a_name_that_tells_of_distillation_is_told(pipe, capsys):
+    own = pipe._internal_dict
+    pipe.register_to_config(_name_or_path="org/model-Turbo")
+    with pytest.raises(KeyboardInterrupt):
+        search(pipe, **ONE, callback=Failing(KeyboardInterrupt, "teacher", None))
+    assert "org/model-Turbo seems to be distilled for a few fixed steps" in capsys.readouterr().err
+    vars(pipe)["_internal_dict"] = own
 
 
 @pytest.mark.parametrize("most", [3, 0])
