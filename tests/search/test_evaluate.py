@@ -195,7 +195,8 @@ def test_printed_table_names_the_extractor_and_never_says_fid(finished):
     assert "seconds for an image" in text
 
 
-def test_schedulers_run_in_the_best_spacing_of_a_comparison(folders, tmp_path, capsys):
+def test_schedulers_run_in_the_best_spacing_of_a_comparison(folders, tmp_path, capsys, caplog):
+    caplog.set_level("INFO", "dssolver_search")
     results = [
         {"scheduler": "unipc", "nfe": NFE, "spacing": "karras"},
         {"scheduler": "heun", "nfe": NFE + 1, "spacing": "karras"},  # another step count
