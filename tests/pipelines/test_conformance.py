@@ -135,8 +135,9 @@ def test_other_step_counts_between(entry, solvers):
 
 @cases(lambda entry: entry.half, slow=True)
 def test_half_precision(entry, solvers):
-    single = draw(entry, build(entry, solvers))
-    half = draw(entry, halved(entry, solvers))
+    steps = 32 if entry.own_grid else STEPS  # few linear-quadratic steps have a jump, over which errors grow tenfold
+    single = draw(entry, build(entry, solvers), steps)
+    half = draw(entry, halved(entry, solvers), steps)
     # A hundred roundings to 8 bits add up to 10 * 0.4 %; the stock solvers' worst is 3 %.
     assert relative(single - half, single) < 0.06
 
