@@ -22,6 +22,14 @@ OTHER_WORLDS = {
     "scale_factors": (None, "this model is sampled in stages of rising resolution"),
     "num_policy_substeps": (None, "this model predicts a policy of many substeps, not one velocity"),
 }
+# what marks a distilled model in the configuration of its scheduler
+DISTILLED: dict[str, dict[str, Any]] = {
+    "LCM or TCD": {"original_inference_steps": ...},
+    "flow LCM": {"upscale_mode": ...},
+    "stochastic_sampling": {"stochastic_sampling": True},
+    "a flow map": {"_class_name": "FlowMapEulerDiscreteScheduler"},
+    "Turbo": {"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"},
+}
 Config = Mapping[str, Any]
 
 
@@ -51,6 +59,19 @@ def model_facts(config: Config) -> dict[str, Any]:
         if "shift" not in config and config.get("flow_shift") is not None:  # the name in UniPC and DPMSolver
             facts["shift"] = config["flow_shift"]
     return facts
+
+
+def distilled(config: Config) -> str | None:
+    """A warning, if a scheduler's configuration is that of a model whose few-step sampler is part of it."""
+    if "solvers" in config:  # ours, with keys of another class carried along
+        return None
+    for kind, marks in DISTILLED.items():
+        if all(key in config and value in (..., config[key]) for key, value in marks.items()):
+            return (
+                f"this scheduler's configuration is that of a distilled model ({kind}), whose own sampler is part of "
+                "it: keep that sampler; solvers of the ODE are for the model before its distillation"
+            )
+    return None
 
 
 def fill(config: Config, defaults: Config) -> dict[str, Any]:
@@ -139,8 +160,8 @@ def mismatch(model: Config, solver: Config) -> str | None:
     return None
 
 
-def searched_at(solver: Config) -> dict[str, float | None] | None:
-    """The resolution shift contained in the nodes of a full configuration: recorded, or its own constant shift."""
+def searched_at(solver: Config) -> dict[str, Any] | None:
+    """`searched_shift` of a full configuration: recorded, or its own constant shift."""
     if solver["searched_shift"] is not None:
         return solver["searched_shift"]
     if solver["prediction_type"] != "flow_prediction" or solver["use_dynamic_shifting"]:

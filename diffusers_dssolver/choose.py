@@ -24,14 +24,15 @@ class SolverSet:
         path: of the model.
         tables: searched solvers by step count.
         shift: resolution shift of the coming run (flow).
-        searched_shift: shift contained in the nodes of the tables; None: the nodes are final.
+        searched_shifts: shift contained in the nodes of the tables, by step count, or under None one for all. Without
+            one the nodes are final.
         strict: whether a step count without a table is an error.
     """
 
     path: Path
     tables: Mapping[int, SolverSpec] = field(default_factory=dict)
     shift: Shift = Shift()
-    searched_shift: Shift | None = None
+    searched_shifts: Mapping[int | None, Shift] = field(default_factory=dict)
     strict: bool = False
 
     def choose(
@@ -89,16 +90,29 @@ class SolverSet:
         if not self.tables and not self.strict:
             return self.classical(uniform_nodes(nfe, self.path)), None
         spec, message = self.tables.get(nfe), None
+        searched = self.searched_shifts.get(nfe, self.searched_shifts.get(None))
         if spec is None:
             known = ", ".join(str(n) for n in sorted(self.tables)) or "none"
             reason = f"no table for {nfe} steps (there are tables for: {known})"
             if self.strict:
                 raise ValueError(f"{reason}; use one of them or strict=False")
             message = f"{reason}: using a solver derived from them"
-            spec = from_neighbours(self.tables, nfe, self.path)
-        if self.searched_shift is not None and isinstance(self.path, FlowPath):
-            spec = reshifted(spec, self.searched_shift, self.shift, self.path)
+            tables, searched = self._at_one_shift()
+            spec = from_neighbours(tables, nfe, self.path)
+        if searched is not None and isinstance(self.path, FlowPath):
+            spec = reshifted(spec, searched, self.shift, self.path)
         return spec, message
+
+    def _at_one_shift(self) -> tuple[Mapping[int, SolverSpec], Shift | None]:
+        """The tables with nodes of one shift, and that shift; without any where they were searched at several."""
+        shifts = self.searched_shifts
+        if len({*shifts.values()}) <= 1:
+            return self.tables, next(iter(shifts.values()), None)
+        unshifted = {
+            n: replace(spec, nodes=tuple(warp(node, 1 / shifts[n].factor) for node in spec.nodes))
+            for n, spec in self.tables.items()
+        }
+        return unshifted, Shift()
 
     def _for_sigmas(self, sigmas: Sequence[float], times: Sequence[float] | None) -> Choice:
         """CogView4 and GLM-Image give both: sigmas are shifted, the times that the network is fed are not."""

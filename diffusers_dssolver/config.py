@@ -63,13 +63,13 @@ class Checked:
     Args:
         path: the model's path.
         solvers: tables by NFE, at the guidance scale of the configuration.
-        searched_shift: resolution shift contained in their nodes; None: unknown.
+        searched_shifts: resolution shifts contained in their nodes, `read_shifts`.
         entries: keys whose values must be replaced, so that the configuration is plain JSON of its own.
     """
 
     path: Path
     solvers: dict[int, SolverSpec]
-    searched_shift: Shift | None
+    searched_shifts: dict[int | None, Shift]
     entries: dict[str, Any]
 
 
@@ -90,7 +90,9 @@ def check(config: Mapping[str, Any]) -> Checked:
     check_options(config)
     path = make_path({**config, **entries})
     solvers = read_solvers(config["solvers"], path)
-    shift = read_shift(config["searched_shift"])
+    shifts = read_shifts(config["searched_shift"])
+    if shifts and (missing := [] if None in shifts else sorted(set(solvers) - set(shifts))):
+        raise ValueError(f"searched_shift has no entry for {missing[0]} steps, of which there is a table")
     if solvers:
         entries["solvers"] = _plain(solvers)
     if by_scale := read_guidance_solvers(config["guidance_solvers"], path):
@@ -99,7 +101,7 @@ def check(config: Mapping[str, Any]) -> Checked:
             solvers = at_guidance(by_scale, config["guidance_scale"], path)
     if isinstance(config["provenance"], dict):
         entries["provenance"] = Brief(config["provenance"])
-    return Checked(path, solvers, shift, entries)
+    return Checked(path, solvers, shifts, entries)
 
 
 def without_old_keys(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,14 +168,20 @@ def make_path(config: Mapping[str, Any]) -> Path:
     return ContinuousVPPath(betas)
 
 
-def read_shift(value: Any) -> Shift | None:
-    """The shift that `searched_shift` of a configuration describes."""
+def read_shifts(value: Any) -> dict[int | None, Shift]:
+    """The shifts that `searched_shift` of a configuration describes: by step count, or under None one for all."""
     if value is None:
-        return None
+        return {}
+    if isinstance(value, Mapping) and 1 <= len(value) <= MAX_NFE and "factor" not in value:
+        return {_count("searched_shift", key): _read_shift(f"searched_shift[{key!r}]", v) for key, v in value.items()}
+    return {None: _read_shift("searched_shift", value)}
+
+
+def _read_shift(name: str, value: Any) -> Shift:
     if not isinstance(value, Mapping) or set(value) != {"factor", "terminal"}:
-        raise ValueError(f"searched_shift is {short(value)}; it must have the keys factor and terminal, or be null")
-    _check_number("searched_shift: factor", value["factor"], FACTORS)
-    _check_number("searched_shift: terminal", value["terminal"], BELOW_ONE, optional=True)
+        raise ValueError(f"{name} is {short(value)}; it must have the keys factor and terminal, or be null")
+    _check_number(f"{name}: factor", value["factor"], FACTORS)
+    _check_number(f"{name}: terminal", value["terminal"], BELOW_ONE, optional=True)
     return Shift(float(value["factor"]), value["terminal"])
 
 
@@ -186,19 +194,15 @@ def read_solvers(solvers: Any, path: Path) -> dict[int, SolverSpec]:
     rises = isinstance(path, FlowPath) and path.inverted
     specs = {}
     for key, value in solvers.items():
-        text = str(key)
-        if not (text.isascii() and text.isdigit() and len(text) <= 4 and text == str(int(text))) or not (
-            1 <= int(text) <= MAX_NFE
-        ):
-            raise ValueError(f"solvers[{text[:60]!r}]: the key must be a step count from 1 to {MAX_NFE}")
+        count = _count("solvers", key)
         try:
             spec = value if isinstance(value, SolverSpec) else SolverSpec.from_dict(value)
         except ValueError as error:
-            raise ValueError(f"solvers[{text!r}]: {error}") from None
-        if spec.nfe != int(text):
-            raise ValueError(f"solvers[{text!r}] has {spec.nfe} steps; key and solver must agree")
+            raise ValueError(f"solvers['{count}']: {error}") from None
+        if spec.nfe != count:
+            raise ValueError(f"solvers['{count}'] has {spec.nfe} steps; key and solver must agree")
         if spec.timesteps is not None and spec.nfe > 1 and spec.rising != rises:
-            raise ValueError(f"solvers[{text!r}]: timesteps must {'rise' if rises else 'fall'} for this model")
+            raise ValueError(f"solvers['{count}']: timesteps must {'rise' if rises else 'fall'} for this model")
         specs[spec.nfe] = spec
     return specs
 
@@ -242,6 +246,14 @@ def is_flow(config: Mapping[str, Any]) -> bool:
 
 def _plain(specs: Mapping[int, SolverSpec]) -> Brief:
     return Brief({str(nfe): spec.to_dict() for nfe, spec in specs.items()})
+
+
+def _count(name: str, key: Any) -> int:
+    """The step count that a key says."""
+    text = str(key)
+    if text.isascii() and text.isdigit() and len(text) <= 4 and text == str(int(text)) and 1 <= int(text) <= MAX_NFE:
+        return int(text)
+    raise ValueError(f"{name}[{text[:60]!r}]: the key must be a step count from 1 to {MAX_NFE}")
 
 
 def _check_number(name: str, value: Any, between: tuple[float, float], optional: bool = False) -> None:

@@ -11,7 +11,7 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
 
-from .artefacts import carry_over, consistent, fill, first_fitting, model_facts
+from .artefacts import carry_over, consistent, distilled, fill, first_fitting, model_facts
 from .config import CLASSICAL, SCHEDULE_KEYS, check, check_keys, without_old_keys
 from .derive import Shift
 from .paths import Path
@@ -39,7 +39,7 @@ class LoadableScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
     config: Any
     _path: Path
     _solvers: dict[int, SolverSpec]
-    _searched: Shift | None
+    _searched: dict[int | None, Shift]
     _known: dict[str, Any]
 
     def register_to_config(self, **kwargs: Any) -> None:
@@ -68,7 +68,7 @@ class LoadableScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
         checked = check(self.config)
         super().register_to_config(**checked.entries)
         vars(self.config)["use_flow_sigmas"] = False
-        self._path, self._solvers, self._searched = checked.path, checked.solvers, checked.searched_shift
+        self._path, self._solvers, self._searched = checked.path, checked.solvers, checked.searched_shifts
         self._known = {
             key: self.config[key]
             for key in {*self._get_init_keys(type(self)), "flow_shift"} - UNWATCHED
@@ -112,6 +112,8 @@ class LoadableScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
         if unknown := sorted(set(kwargs) - known):
             raise ValueError(f"{cls.__name__} has no argument {unknown[0]!r}; there are: {', '.join(sorted(known))}")
         facts = model_facts({**config, **{key: kwargs[key] for key in SCHEDULE_KEYS if key in kwargs}})
+        if warning := distilled(config):
+            logger.warning(warning)
         if "flow_shift" in config:  # one shift under two names
             config["flow_shift"] = kwargs.get("shift", facts.get("shift", config["flow_shift"]))
         defaults = config.get("_use_default_values", [])

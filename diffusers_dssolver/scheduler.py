@@ -53,8 +53,9 @@ class DSSolverScheduler(NoiseSchedule):
         continuous_time: alpha and sigma of vp from the continuous formula, as the published DiT solvers need.
         shift, use_dynamic_shifting, time_shift_type, shift_terminal, invert_sigmas, base_shift, max_shift,
             base_image_seq_len, max_image_seq_len: resolution shift of flow models, as in FlowMatchEulerDiscrete.
-        searched_shift: {"factor": e, "terminal": number or null}, the shift contained in the nodes of `solvers`. Tables
-            are warped where the model's own shift differs. None: nodes are used as they are.
+        searched_shift: {"factor": e, "terminal": number or null}, the shift contained in the nodes of `solvers`, or one
+            such entry by step count, {"5": {...}, ...}, for models whose shift depends on it (FLUX.2). Tables are
+            warped where the model's own shift differs. None: nodes are used as they are.
         thresholding, dynamic_thresholding_ratio, sample_max_value: dynamic thresholding of the predicted data (vp).
         variance_type: "learned" or "learned_range": the network's output has variances behind the prediction.
         use_flow_sigmas: follows from `prediction_type`; kept for the classes and pipelines that read it.
@@ -117,7 +118,7 @@ class DSSolverScheduler(NoiseSchedule):
         thresholding: bool = False,
         dynamic_thresholding_ratio: float = 0.995,
         sample_max_value: float = 1.0,
-        searched_shift: dict[str, float | None] | None = None,
+        searched_shift: dict[str, Any] | None = None,
         history_length: int | None = None,
         guidance_solvers: dict[str, dict[str, dict[str, list]]] | None = None,
         guidance_scale: float | None = None,
@@ -155,19 +156,20 @@ class DSSolverScheduler(NoiseSchedule):
                 does it, of a vp model sigma/alpha, where a last 0 is no step. With tables, only the length counts of a
                 grid that some pipeline passes by default (`grids.default_grids`).
                 With both `timesteps` and `sigmas` the network is fed times without the shift (CogView4).
-            mu: flow only; resolution shift computed by a pipeline, used when the configuration has
-                `use_dynamic_shifting`, and remembered for later calls without it.
+            mu: resolution shift computed by a pipeline, used when the configuration has `use_dynamic_shifting`, and
+                remembered for later calls without it. It means nothing to a vp solver, which says so.
 
         Raises:
-            ValueError: for no or contradicting arguments, grids that do not fall, flow arguments on a vp solver, or
+            ValueError: for no or contradicting arguments, grids that do not fall, `sigmas` with `mu` on a vp solver, or
                 with `strict` a step count that has no table.
         """
         self._follow_config()
         flow = isinstance(self._path, FlowPath)
         if mu is not None and not flow:
-            raise ValueError(
-                f"mu given to a vp solver ({self.config.prediction_type}): this is a flow model; load a flow solver"
-            )
+            if sigmas is not None:
+                raise ValueError("sigmas and mu given to a vp solver: this is a flow model; load a flow solver")
+            self._tell("mu is a resolution shift of flow models and means nothing to this vp solver; it is passed over")
+            mu = None
         grids = [None if grid is None else as_float64(grid).reshape(-1).tolist() for grid in (timesteps, sigmas)]
         before = self._mu
         try:
@@ -177,9 +179,7 @@ class DSSolverScheduler(NoiseSchedule):
         except ValueError:
             self._mu = before
             raise
-        if message and message not in self._said:
-            self._said.add(message)
-            logger.warning(message)
+        self._tell(message)
         # stock flow schedulers list clean data, where it is given, as a step; stock vp schedulers as the end
         given = grids[0] if sigmas is None else grids[1]
         listed = spec.nfe if given is None or (sigmas is not None and not flow) else len(given)
@@ -291,6 +291,12 @@ class DSSolverScheduler(NoiseSchedule):
         return self.config.num_train_timesteps
 
     # --- inside ----------------------------------------------------------------------------------------------------
+
+    def _tell(self, message: str | None) -> None:
+        """Warn, once."""
+        if message and message not in self._said:
+            self._said.add(message)
+            logger.warning(message)
 
     def _solver_set(self) -> SolverSet:
         return SolverSet(self._path, self._solvers, self._shift(), self._searched, self.config.strict)

@@ -108,8 +108,8 @@ class Record:
         stages = {"stages": self.log.stages} if self.log.stages else {}
         total = self.state["network_evaluations"] = self.log.evaluations()
         spent = {"kind": kind, "network_evaluations": total - before, "seconds": round(seconds, 1)}
-        self.state["searched_shift"] = self.setup.student.searched_shift
         entry = self.state["solvers"][str(nfe)] = {**entry, **stages, **spent}
+        self.state["searched_shift"] = self.setup.student.searched_shift(map(int, self.state["solvers"]))
         told = {k: v for k, v in entry.items() if k not in SOLVER_KEYS}
         self.log.write(nfe=nfe, **told, total_network_evaluations=total)
         self.write()
@@ -127,7 +127,7 @@ class Record:
             {k: v for k, v in config.items() if k not in OWN_KEYS},
             solvers={n: solver_of(entry) for n, entry in self.state["solvers"].items()},
             provenance=self.provenance(),
-            searched_shift=self.state.get("searched_shift", self.setup.student.searched_shift),
+            searched_shift=self.state.get("searched_shift"),
         )
 
     def _write_state(self, state: dict[str, Any]) -> None:

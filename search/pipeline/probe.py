@@ -29,6 +29,9 @@ from .recorder import Recorder, state_of, with_state
 Watcher = Callable[[list[Scalar], Tensor, Tensor], object]
 
 
+BEFORE = -1  # in the place of a step's index: before the first network call
+
+
 class RunFinished(Exception):
     """Private: nothing after this step is wanted."""
 
@@ -99,6 +102,8 @@ class ProbeScheduler(DSSolverScheduler):
         self._install_tensors(self.solver.nodes, self.solver.times, self.solver.rows, device)
         if self.request.watch:  # the watcher looks at the whole history
             self._history.needed = [i + 1 for i in range(plan.nfe)]
+        if self.request.until == BEFORE:
+            raise RunFinished
 
     @functools.wraps(DSSolverScheduler.step)
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from diffusers_dssolver.solver import SolverSpec
 
 from .gradients import differentiable
 from .plan import Plan, Solver, second_order_slopes, shifted
-from .probe import ProbeScheduler, Request, RunFinished, Watcher
+from .probe import BEFORE, ProbeScheduler, Request, RunFinished, Watcher
 from .replay import Replay
 from .sampler import Sampler
 
@@ -63,6 +63,7 @@ class Student:
         self.sampler = sampler
         options = {"solvers": "classical", "strict": False, "history_length": None, **options}
         self.scheduler: ProbeScheduler = ProbeScheduler.from_config(sampler.pipe.scheduler.config, **options)
+        self._shifts: dict[int, Shift | None] = {}  # by step count, of the runs so far
 
     @property
     def name(self) -> str:
@@ -74,20 +75,28 @@ class Student:
         """The model's path from noise to data."""
         return self.scheduler.path
 
-    @property
-    def resolution_shift(self) -> Shift | None:
-        """Of a flow model; a dynamic one is known once anything was run. None on vp."""
-        return self.scheduler.resolution_shift
+    def resolution_shift(self, nfe: int) -> Shift | None:
+        """Of a flow model at a step count, on which a dynamic shift may depend (FLUX.2); None on vp.
 
-    @property
-    def searched_shift(self) -> dict[str, float | None] | None:
-        """The resolution shift that nodes contain, as the configuration key of that name."""
-        shift = self.resolution_shift
-        return None if shift is None else {"factor": shift.factor, "terminal": shift.terminal}
+        A dynamic shift is known to the pipeline only: where none ran at this step count yet, a call is begun, and ended
+        before its first network call.
+        """
+        shifts, scheduler = self._shifts, self.scheduler
+        if nfe not in shifts and scheduler.config.use_dynamic_shifting:
+            uniform = torch.linspace(1, 0, nfe + 1, dtype=torch.float64)
+            self.run(Plan(uniform), [0], "train", until=BEFORE)
+        return shifts.get(nfe, scheduler.resolution_shift)
+
+    def searched_shift(self, counts: Iterable[int]) -> dict[str, Any] | None:
+        """The resolution shifts that nodes of these step counts contain, as the configuration key of that name."""
+        shifts = {str(nfe): self.resolution_shift(nfe) for nfe in counts}
+        found = {nfe: {"factor": s.factor, "terminal": s.terminal} for nfe, s in shifts.items() if s is not None}
+        one = next(iter(found.values()), None)
+        return one if all(shift == one for shift in found.values()) else found
 
     def nodes(self, unshifted_nodes: Tensor) -> Tensor:
         """(N+1,) nodes as they are integrated and published; differentiable."""
-        return shifted(unshifted_nodes, self.path, self.resolution_shift)
+        return shifted(unshifted_nodes, self.path, self.resolution_shift(len(unshifted_nodes) - 1))
 
     def angles(self, unshifted_nodes: Tensor) -> Tensor:
         """(N+1,) angles of these nodes, the coordinate in which teacher trajectories are interpolated."""
@@ -95,7 +104,7 @@ class Student:
 
     def spec(self, plan: Plan) -> SolverSpec:
         """A plan's solver as it is published. Raises ValueError where nodes or times do not fall."""
-        return plan.on(self.path, self.resolution_shift).spec()
+        return plan.on(self.path, self.resolution_shift(plan.nfe)).spec()
 
     def slopes(self, unshifted_nodes: Tensor) -> Tensor:
         """(N,) `second_order_slopes` of these nodes."""
@@ -118,7 +127,7 @@ class Student:
         """One call of the pipeline on these samples.
 
         Args:
-            until: end the run in the step of this index, before it is taken.
+            until: end the run in the step of this index, before it is taken; BEFORE: before any network call.
             watch: (target, watcher): there, show the watcher that step's row, target (B, ...) minus the state that the
                 row makes, and the change of that state per unit of weight moved from the newest output to each earlier
                 one.
@@ -150,6 +159,7 @@ class Student:
                 raise ValueError(
                     f"{self.name} puts a {other} of its own in the scheduler's place, so no solver can reach it"
                 )
+        self._shifts[plan.nfe] = scheduler.resolution_shift
         if not ended and not (decode and recorder.steps_taken == plan.nfe):
             raise ValueError(
                 f"{self.name} ended its loop without taking all {plan.nfe} steps, but {recorder.steps_taken}; leave "

@@ -20,6 +20,7 @@ from diffusers import (
 )
 from diffusers.pipelines.bria.pipeline_bria import get_original_sigmas
 from diffusers.pipelines.cogview4 import pipeline_cogview4
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from diffusers.pipelines.ltx import pipeline_ltx_condition
 from diffusers.pipelines.mochi import pipeline_mochi
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -30,7 +31,9 @@ from diffusers_dssolver import DSSolverScheduler, SolverSpec
 from diffusers_dssolver.derive import Shift, classical, corrections, reshifted
 from diffusers_dssolver.grids import default_name
 from diffusers_dssolver.paths import FlowPath, VPPath, make_betas
+from tests.problems import DoubleTorch
 from tests.runtime.test_scheduler import (
+    EPS,
     SD_CONFIG,
     assert_close,
     make_any,
@@ -183,6 +186,34 @@ def test_a_warped_table_keeps_what_was_learned():
     again = reshifted(base, Shift(2.0), Shift(5.0), FLOW)
     for got, wanted in zip(again.coefficients, classical(moved.nodes, FLOW).coefficients, strict=True):
         assert got == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("tokens", [256, 1024, 4096, 6000])
+def test_a_shift_that_depends_on_the_step_count_is_that_of_each_table(tokens):
+    """FLUX.2: tables whose nodes before the shift are uniform, searched with 1024 tokens, are diffusers' own grids with
+    any number of tokens and any step count, those between tables too."""
+    counts = (4, 8)
+    shifts = {n: math.exp(compute_empirical_mu(1024, n)) for n in counts}
+    tables, record = {}, {str(n): {"factor": shifts[n], "terminal": None} for n in counts}
+    for n in counts:
+        nodes = Shift(shifts[n])([1 - i / n for i in range(n + 1)])
+        tables[str(n)] = classical(nodes, FLOW).to_dict()
+    ours = make_flow(use_dynamic_shifting=True, solvers=tables, searched_shift=record)
+    theirs = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    for n in (3, 4, 6, 8, 12):
+        mu, sigmas = compute_empirical_mu(tokens, n), np.linspace(1, 1 / n, n)
+        for schedule in ({"sigmas": sigmas, "mu": mu}, {"num_inference_steps": n, "mu": mu}):
+            ours.set_timesteps(**schedule)
+            theirs.set_timesteps(sigmas=sigmas, mu=mu)
+            assert_close(ours.sigmas, theirs.sigmas, 1e-6)
+        if tokens == 1024 and n in counts:
+            assert ours._run[0].tolist() == tables[str(n)]["nodes"]  # to the bit
+    back = DSSolverScheduler.from_config(ours.config)
+    assert back.config.searched_shift == record
+    with pytest.raises(ValueError, match="searched_shift has no entry for 8 steps"):
+        make_flow(solvers=tables, searched_shift={"4": record["4"]})
+    with pytest.raises(ValueError, match=r"searched_shift\['five'\]: the key must be a step count"):
+        make_flow(solvers=tables, searched_shift={**record, "five": record["4"]})
 
 
 def test_without_a_record_nodes_are_final():
@@ -366,10 +397,11 @@ def test_dynamic_thresholding_is_diffusers(ratio, limit):
 
 
 @pytest.mark.parametrize("config", [{}, SD_CONFIG, {"beta_schedule": "squaredcos_cap_v2"}])
-def test_betas_and_alphas_cumprod_are_ddims(config):
+def test_betas_and_alphas_cumprod_are_ddims(config, monkeypatch):
+    monkeypatch.setattr("diffusers.schedulers.scheduling_ddim.torch", DoubleTorch())
     theirs, ours = DDIMScheduler(**config), DSSolverScheduler(**config)
-    assert_close(ours.betas, theirs.betas, 1e-6)
-    assert_close(ours.alphas_cumprod, theirs.alphas_cumprod, 1e-6)
+    assert_close(ours.betas, theirs.betas, EPS)  # ours are rounded to float32
+    assert_close(ours.alphas_cumprod, theirs.alphas_cumprod, EPS)
     assert ours.betas.shape == ours.alphas_cumprod.shape == (1000,)
 
 

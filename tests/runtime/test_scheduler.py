@@ -31,12 +31,13 @@ from diffusers.pipelines.flux.pipeline_flux import retrieve_timesteps
 from diffusers_dssolver import DSSolverScheduler, SolverSpec, published_solvers
 from diffusers_dssolver.paths import FlowPath, VPPath, make_betas
 from diffusers_dssolver.published import published_config
-from tests.problems import quantity, rollout
+from tests.problems import DoubleTorch, quantity, rollout
 
 VP_TYPES = ("epsilon", "v_prediction", "sample")
 ALL_TYPES = (*VP_TYPES, "flow_prediction")
 SD_CONFIG = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 LOGGER = "diffusers_dssolver.scheduler"
+EPS = torch.finfo(torch.float32).eps  # twice the error of one rounding to float32
 
 
 def make_table(nfe, seed=0, first=1.0, fed=False, peak=1000.0):
@@ -189,7 +190,8 @@ def test_sigmas_tell_the_noise_level():
 @pytest.mark.parametrize(
     "betas", [{}, SD_CONFIG, {"beta_schedule": "squaredcos_cap_v2"}], ids=["linear", "scaled", "cosine"]
 )
-def test_classical_vp_is_dpm_solver_pp_2m(prediction_type, nfe, betas):
+def test_classical_vp_is_dpm_solver_pp_2m(prediction_type, nfe, betas, monkeypatch):
+    monkeypatch.setattr("diffusers.schedulers.scheduling_dpmsolver_multistep.torch", DoubleTorch())
     theirs = DPMSolverMultistepScheduler(
         prediction_type=prediction_type, solver_order=2, timestep_spacing="trailing", final_sigmas_type="zero", **betas
     )
@@ -198,13 +200,14 @@ def test_classical_vp_is_dpm_solver_pp_2m(prediction_type, nfe, betas):
     wanted, got = states_of(theirs, x, nfe), states_of(ours, x, nfe)
     assert ours.timesteps.tolist() == pytest.approx(theirs.timesteps.tolist(), abs=1e-3)
     for a, b in zip(got, wanted, strict=True):
-        assert_close(a, b, 2e-4)  # their sigmas are float32
+        assert_close(a, b, 20 * EPS)  # their sigmas are rounded to float32
     if nfe > 2:
         euler = DPMSolverMultistepScheduler.from_config(theirs.config, solver_order=1)
         assert (run(euler, x, nfe) - wanted[-1]).abs().max() > 2e-3  # the tolerance tells the orders apart
 
 
-def test_classical_vp_with_zero_terminal_snr_is_diffusers():
+def test_classical_vp_with_zero_terminal_snr_is_diffusers(monkeypatch):
+    monkeypatch.setattr("diffusers.schedulers.scheduling_dpmsolver_multistep.torch", DoubleTorch())
     theirs = DPMSolverMultistepScheduler(
         prediction_type="v_prediction",
         rescale_betas_zero_snr=True,
@@ -214,7 +217,7 @@ def test_classical_vp_with_zero_terminal_snr_is_diffusers():
     ours = DSSolverScheduler.from_config(theirs.config, solvers="classical")
     x = noise()
     for a, b in zip(states_of(ours, x, 10), states_of(theirs, x, 10), strict=True):
-        assert_close(a, b, 3e-3)  # the first step starts at a signal of 2**-12, in their float32
+        assert_close(a, b, 20 * EPS)  # their sigmas are rounded to float32
     assert (run(DSSolverScheduler(prediction_type="v_prediction"), x, 10) - run(theirs, x, 10)).abs().max() > 5e-3
 
 
@@ -270,12 +273,13 @@ def test_mu_shifts_only_where_the_configuration_says_so_and_is_remembered():
 
 @pytest.mark.parametrize("times", [[0, 1, 500, 999], [10], [999.0]])
 @pytest.mark.parametrize("betas", [{}, SD_CONFIG], ids=["linear", "scaled"])
-def test_add_noise_is_ddim(times, betas):
-    x, e = noise(4, 2, 3, 3, dtype=torch.float32), noise(4, 2, 3, 3, dtype=torch.float32, seed=4)
+def test_add_noise_is_ddim(times, betas, monkeypatch):
+    monkeypatch.setattr("diffusers.schedulers.scheduling_ddim.torch", DoubleTorch())
+    x, e = noise(4, 2, 3, 3), noise(4, 2, 3, 3, seed=4)
     wanted = DDIMScheduler(**betas).add_noise(x, e, torch.tensor(times).long())
     ours = DSSolverScheduler(**betas)
     for _ in range(2):  # before and after set_timesteps
-        assert_close(ours.add_noise(x, e, torch.tensor(times)), wanted, 2e-6)
+        assert_close(ours.add_noise(x, e, torch.tensor(times)), wanted, 1e-12)
         ours.set_timesteps(7)
 
 
@@ -313,8 +317,8 @@ def test_add_noise_keeps_the_samples_dtype_and_computes_in_float32():
         got = make_flow().add_noise(x.to(dtype), e.to(dtype), torch.tensor([123.4], dtype=torch.float64))
         assert got.dtype == dtype
         exact = (1 - 0.1234) * x.to(dtype).double() + 0.1234 * e.to(dtype).double()
-        assert torch.equal(got, exact.to(dtype)) or dtype in (torch.float32, torch.float64)
-        assert_close(got, exact, torch.finfo(dtype).eps)
+        inside = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+        assert_close(got, exact, torch.finfo(dtype).eps / 2 + 2 * inside)  # the last rounding, and four inside
 
 
 # --- equal to the project's own rollout ------------------------------------------------------------------------------
@@ -786,13 +790,6 @@ def test_contradictions_and_bad_grids_are_refused():
         with pytest.raises(ValueError, match=r"nodes|timesteps"):
             scheduler.set_timesteps(timesteps=bad)
     assert scheduler.timesteps is before  # a refused call leaves everything as it was
-
-
-@pytest.mark.parametrize("kwargs", [{"mu": 0.5}, {"num_inference_steps": 2, "mu": 0.0}])
-@pytest.mark.parametrize("prediction_type", VP_TYPES)
-def test_a_flow_shift_on_a_vp_solver_is_refused(kwargs, prediction_type):
-    with pytest.raises(ValueError, match=r"mu given to a vp solver .*flow"):
-        make_any(prediction_type).set_timesteps(**kwargs)
 
 
 # --- from_config -----------------------------------------------------------------------------------------------------

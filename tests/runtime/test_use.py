@@ -15,8 +15,12 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    LCMScheduler,
+    TCDScheduler,
     UniPCMultistepScheduler,
 )
 from diffusers.modular_pipelines import ModularPipelineBlocks
@@ -25,11 +29,12 @@ from diffusers.pipelines.flux.pipeline_flux import retrieve_timesteps
 
 from diffusers_dssolver import DSSolverScheduler, SolverSpec
 from diffusers_dssolver.paths import ContinuousVPPath, FlowPath, VPPath, make_betas
-from tests.problems import Metal
+from tests.problems import DoubleTorch, Metal
 from tests.runtime import surface
 from tests.runtime.test_contract import GRIDS
 from tests.runtime.test_scheduler import (
     ALL_TYPES,
+    EPS,
     SD_CONFIG,
     VP_TYPES,
     assert_close,
@@ -165,11 +170,11 @@ def test_pipelines_do_not_drop_the_users_sigmas(read):
 def test_distilled_levels_of_ltx_2_are_kept_unless_a_table_has_as_many_steps(solvers):
     scheduler = make_flow(solvers=solvers)
     scheduler.set_timesteps(sigmas=LTX2_DISTILLED)
-    assert_close(scheduler.sigmas, torch.tensor([*LTX2_DISTILLED, 0.0]), 1e-7)
-    assert_close(scheduler.timesteps, 1000 * scheduler.sigmas[:-1], 1e-7)
+    assert_close(scheduler.sigmas, torch.tensor([*LTX2_DISTILLED, 0.0]), EPS)
+    assert_close(scheduler.timesteps, 1000 * scheduler.sigmas[:-1].double(), EPS)
     scheduler = make_flow(solvers=make_solvers(8))
     scheduler.set_timesteps(sigmas=LTX2_DISTILLED)
-    assert_close(scheduler.sigmas, torch.tensor(make_table(8)["nodes"]), 1e-7)
+    assert_close(scheduler.sigmas, torch.tensor(make_table(8)["nodes"]), EPS)
 
 
 @pytest.mark.parametrize("name", GRIDS)
@@ -179,10 +184,10 @@ def test_classical_rows_keep_every_grid(name):
         grid = torch.as_tensor(np.asarray(GRIDS[name](n))).double()
         scheduler = make_flow()
         scheduler.set_timesteps(sigmas=grid)
-        assert_close(scheduler.sigmas, torch.cat([grid, torch.zeros(1)]), 1e-7)
+        assert_close(scheduler.sigmas, torch.cat([grid, torch.zeros(1)]), EPS)
         shifted = make_flow(shift=3.0)
         shifted.set_timesteps(timesteps=1000 * grid)
-        assert_close(shifted.timesteps, 1000 * grid, 1e-7)
+        assert_close(shifted.timesteps, 1000 * grid, EPS)
 
 
 @pytest.mark.parametrize("solvers", ["classical", make_solvers(4, 5)], ids=["classical", "tables"])
@@ -544,6 +549,35 @@ def test_every_scheduler_class_of_diffusers_is_known_or_refused(name):
                     assert_close(ours.alphas_cumprod, theirs.alphas_cumprod, 1e-5)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_distilled_models_are_told_where_their_scheduler_marks_them(tmp_path, caplog):
+    """Their few-step sampler is part of the model. A pipeline's own marks (`is_distilled`, `sample_sigmas`) never reach
+    a scheduler; those of SCM (Sana-Sprint) and PiFlow are errors already."""
+    marked = {
+        "LCM or TCD": [LCMScheduler(), TCDScheduler()],
+        "flow LCM": [FlowMatchLCMScheduler()],
+        "stochastic_sampling": [FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)],
+        "a flow map": [diffusers.FlowMapEulerDiscreteScheduler()],
+        "Turbo": [EulerAncestralDiscreteScheduler(timestep_spacing="trailing", **SD_CONFIG)],
+        None: [
+            EulerAncestralDiscreteScheduler(),
+            EulerDiscreteScheduler(timestep_spacing="trailing"),
+            FlowMatchEulerDiscreteScheduler(),
+            DDIMScheduler(timestep_spacing="trailing"),
+        ],
+    }
+    for kind, schedulers in marked.items():
+        for theirs in schedulers:
+            theirs.save_pretrained(tmp_path)  # a pipeline's scheduler was loaded, so it knows its class
+            loaded = type(theirs).from_pretrained(tmp_path)
+            caplog.clear()
+            ours = DSSolverScheduler.from_config(loaded.config, solvers="classical")
+            told = [r.message for r in caplog.records if "distilled" in r.message]
+            assert [f"distilled model ({kind})" in message for message in told] == [True] * (kind is not None)
+            DSSolverScheduler.from_config(ours.config)
+            assert len([r for r in caplog.records if "distilled" in r.message]) == len(told)  # once
+
+
 def test_a_schedule_that_is_named_is_taken():
     config = made("LTXEulerAncestralRFScheduler").config
     ours = DSSolverScheduler.from_config(config, prediction_type="flow_prediction", shift=2.0, solvers="classical")
@@ -650,11 +684,12 @@ def test_every_name_of_the_stock_classes_is_there_or_absent_for_a_reason():
     assert surface.TABLE.read_text(encoding="utf-8") == surface.render(), "run python -m tests.runtime.surface"
 
 
-def test_names_of_training_scripts_are_ddims():
+def test_names_of_training_scripts_are_ddims(monkeypatch):
+    monkeypatch.setattr("diffusers.schedulers.scheduling_ddim.torch", DoubleTorch())
     theirs, ours = DDIMScheduler(**SD_CONFIG), DSSolverScheduler(**SD_CONFIG)
     x, e, times = noise(3, 2, 4), noise(3, 2, 4, seed=4), torch.tensor([0, 499, 999])
-    assert_close(ours.get_velocity(x, e, times), theirs.get_velocity(x, e, times), 1e-6)
-    assert_close(ours.alphas, theirs.alphas, 1e-6)
+    assert_close(ours.get_velocity(x, e, times), theirs.get_velocity(x, e, times), 1e-12)
+    assert_close(ours.alphas, theirs.alphas, EPS)
     assert ours.final_alpha_cumprod == theirs.final_alpha_cumprod
     euler = EulerDiscreteScheduler(**SD_CONFIG)
     ours.set_timesteps(10)

@@ -4,11 +4,14 @@ recorded and handed on."""
 from __future__ import annotations
 
 import copy
+import math
 
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
+from diffusers_dssolver.pipelines import SiTPipeline
 from dssolver_search.methods.objective import paper_loss
 from dssolver_search.methods.parameters import PaperParameters
 from dssolver_search.pipeline.plan import Plan
@@ -80,6 +83,32 @@ def test_what_a_trajectory_tells_is_the_solver_that_ran(family):
     torch.testing.assert_close(again.final, run.final, rtol=0, atol=1e-12)
     ended = student.run(plan, range(2), "train", until=2)
     assert len(ended.states) == 3 and torch.equal(ended.final, run.states[2])
+
+
+class ShiftingPipeline(SiTPipeline):
+    """Its resolution shift depends on the step count, as FLUX.2's does."""
+
+    def _set_timesteps(self, num_inference_steps, device):
+        self.scheduler.set_timesteps(num_inference_steps, device=device, mu=0.1 * num_inference_steps)
+        return self.scheduler.timesteps
+
+
+def test_nodes_have_the_shift_of_their_step_count():
+    pipe = make_pipe("flow")
+    pipe = ShiftingPipeline(pipe.transformer, FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
+    pipe.set_progress_bar_config(disable=True)
+    student = make_student(pipe)
+    student.run(Plan(even_nodes(20)), range(1), "train")  # a teacher's run
+    spent = student.sampler.network_calls
+    even = even_nodes(5)
+    assert student.nodes(even).tolist() == pytest.approx([e * 1.648721 / (1 + 0.648721 * e) for e in even.tolist()])
+    plan = Plan(even)
+    assert student.spec(plan).nodes == tuple(student.nodes(even).tolist())
+    assert student.searched_shift([20]) == {"factor": math.exp(2), "terminal": None}
+    record = student.searched_shift([5, 3])
+    assert record == {n: {"factor": math.exp(0.1 * int(n)), "terminal": None} for n in ("5", "3")}
+    assert student.sampler.network_calls == spent  # asking costs no network call
+    assert student.run(plan, range(1), "train").spec == student.spec(plan)
 
 
 @pytest.mark.parametrize(
