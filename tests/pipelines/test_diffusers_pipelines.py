@@ -12,7 +12,7 @@ from tests.pipelines.test_conformance import build, cases, draw
 from tests.pipelines.zoo import ZOO, make_ddpm, networks_of
 
 
-@cases(kinds=("table",))
+@cases(kinds=("table",), slow=True)
 def test_a_table_draws_otherwise_than_classical_rows(entry, solvers):
     table, classical = build(entry, solvers), build(entry, "classical")
     assert 7 in table.scheduler.tables
