@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from diffusers_dssolver.paths import as_float64
 
-from ..console import say
+from ..console import warn
 from ..pipeline.plan import Plan
 from ..processes import from_main, reduced
 from ..settings import SearchConfig
@@ -170,7 +170,7 @@ class Loop:
         if not math.isfinite(progress.best):
             raise ValueError(f"{self.name}: no update gave a finite held-out error; choose a smaller learning_rate")
         if progress.done < self.iterations and main:
-            say(f"{self.name}: ended after {MAX_ROLLBACKS} roll-backs without progress; the best is kept")
+            warn(f"{self.name}: ended after {MAX_ROLLBACKS} roll-backs without progress; the best is kept")
         self._restore(self.best)
         return progress.best
 
@@ -192,7 +192,7 @@ class Loop:
             self._restore(self.best)
             if self.accelerator.is_main_process:
                 told = f"{self.name}, update {progress.done}: {fault}"
-                say(f"{told}; rolled back to the best ({progress.rollbacks})")
+                warn(f"{told}; rolled back to the best ({progress.rollbacks})")
         if fault or error is not None:
             facts = {"iteration": progress.done, "loss": loss, "validation_mse": error}
             facts |= {"best_validation_mse": progress.best} | ({"rolled_back": fault} if fault else {})
@@ -264,7 +264,7 @@ class Loop:
                 plain[which][rest] = [t.flatten().tolist(), list(t.shape), str(t.dtype).removeprefix("torch.")]
             return plain
         except (Damaged, KeyError) as error:
-            say(f"{self.checkpoint} is damaged and left out: {error}; this fit starts over")
+            warn(f"{self.checkpoint} is damaged and left out: {error}; this fit starts over")
             return None
 
 

@@ -138,6 +138,12 @@ class Problem:
         """The samples that compare step warps."""
         return self.train.part(0, self.num_trial_samples)
 
+    def run_together(self, batch_size: int) -> None:
+        """Run so many samples together from here on."""
+        if batch_size != self.batch_size:
+            self.batch_size = batch_size
+            self._first_calls.clear()
+
     def batches(self, samples: Samples, plan: Plan | None = None, keep: bool = False) -> Iterator[Batch]:
         """Samples that run together.
 

@@ -414,7 +414,7 @@ class Raising(SiTPipeline):
     "cls, reason",
     [
         (Replacing, "puts a FlowMatchEulerDiscreteScheduler of its own in the scheduler's place"),
-        (Shorter, "the pipeline asks for 2 steps, the search for 3"),
+        (Shorter, "the pipeline takes 2 steps where 3 are asked for; a distilled"),
         (Stopping, "ended its loop without taking all 3 steps, but 2"),
         (Careless, "gives another result each time"),
         (Raising, "cannot be run: 'a key\\nof its own'"),
