@@ -73,7 +73,8 @@ def test_each_step_calls_the_network(name, solvers):
         np.testing.assert_allclose(first, wanted, rtol=1e-4, atol=1e-4 * wanted.std())
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n != "FLUX" else []) for n in BLOCKS])
+@models
+@pytest.mark.slow
 def test_many_steps_agree_with_stock(name):
     stock, ours = build(name, None), build(name)
     stock.update_components(scheduler=conformance.reference_scheduler(stock.scheduler.config))
