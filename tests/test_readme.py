@@ -78,10 +78,10 @@ def test_search_from_python_as_written(tmp_path, monkeypatch):
     (tmp_path / "search").mkdir()
     shutil.copytree(ROOT / "search" / "demo" / "flow", tmp_path / "search" / "demo" / "flow")
     monkeypatch.chdir(tmp_path)
-    code = blocks("python")[2].replace('"5min"', "9000").replace("num_samples=8", "num_samples=2, reference_steps=9")
+    code = blocks("python")[2].replace('"5min"', "4000").replace("num_samples=8", "num_samples=2, reference_steps=9")
     scope: dict = {}
     exec(code, scope)
-    assert len(scope["images"]) == 2 and scope["pipe"].scheduler.tables[:1] == (3,)
+    assert len(scope["images"]) == 2 and 5 in scope["pipe"].scheduler.tables
     assert (tmp_path / "comparison.png").is_file()
 
 

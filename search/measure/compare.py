@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..console import one_line, warn
 from ..images.networks import distance, load_feature_network
-from ..pipeline.memory import halved, is_out_of_memory
+from ..pipeline.memory import fitting, is_out_of_memory
 from ..pipeline.model import Model
 from ..processes import launched
 from ..settings import CompareConfig
@@ -149,15 +149,12 @@ class Comparison:
 
     def run(self) -> Compared:
         """The whole comparison; begun anew with half as many samples together wherever they do not fit into memory."""
-        while True:
-            try:
-                return self._run()
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-            tried = min(self.batch_size, self.config.num_samples)
-            self.batch_size = halved(tried, self.accelerator.num_processes)
-            warn(f"{tried} samples do not fit into memory; {self.batch_size} run together from here on")
+
+        def together(samples: int) -> Compared:
+            self.batch_size = samples
+            return self._run()
+
+        return fitting(together, min(self.batch_size, self.config.num_samples), self.accelerator.num_processes)
 
     def _run(self) -> Compared:
         every = [run for nfe in self.config.nfe for run in self.lineup.runs(nfe)]

@@ -23,6 +23,7 @@ from ..console import metric_name
 from ..images.features import Clip, load_extractor
 from ..images.metrics import bound, with_intervals
 from ..images.real_images import Opener, Statistics, open_real_images
+from ..pipeline.memory import fitting
 from ..pipeline.model import Model
 from ..processes import launched
 from ..settings import EvaluateConfig
@@ -85,7 +86,7 @@ class Evaluation:
         for folder in (self.folder / SHARDS).glob("*/") if self.main else ():
             remove_partial_files(folder)
         real = share(self.accelerator, self._real_tasks(), "real images")
-        made = share(self.accelerator, list(self._made_tasks()), "images")
+        made = fitting(self._made, self.config.batch_size, self.accelerator.num_processes)
         self.accelerator.wait_for_everyone()
         return self._written(real, made) if self.main else {}
 
@@ -104,6 +105,11 @@ class Evaluation:
 
     def _real_features(self, batch: Sequence[Opener]) -> Kept:
         return self.extractor([opened() for opened in batch]), {}
+
+    def _made(self, batch_size: int) -> list[Path]:
+        """The files of all shards of so many images."""
+        self.generation.run_together(batch_size)
+        return share(self.accelerator, list(self._made_tasks()), "images")
 
     def _made_tasks(self) -> Iterator[Task]:
         """Features of all shards, run by run."""

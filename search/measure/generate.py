@@ -54,7 +54,11 @@ class Generation:
         best = best_spacings(config.comparison)
         self.runs = [run for nfe in config.nfe for run in self._chosen(nfe, best)]
         self.runs += self._itself() if config.reference_steps else []
-        self.shards = batches(config.num_images, config.batch_size)
+        self.run_together(config.batch_size)
+
+    def run_together(self, batch_size: int) -> None:
+        """Make so many images in a shard."""
+        self.batch_size, self.shards = batch_size, batches(self.config.num_images, batch_size)
 
     def _chosen(self, nfe: int, best: dict[tuple[str, int], str]) -> Iterator[Run]:
         """The searched solvers, and each stock scheduler in its best spacing, or the first if that is not known."""
@@ -79,7 +83,7 @@ class Generation:
 
     def file(self, run: Run, indices: range) -> Path:
         """Of one shard."""
-        folder = self.folder / self.lineup.digest(run.facts, self.config.batch_size)[:16]
+        folder = self.folder / self.lineup.digest(run.facts, self.batch_size)[:16]
         return folder / f"{indices[0]:06}-{indices[-1]:06}.safetensors"
 
     def images(self, run: Run, indices: range) -> tuple[Tensor, dict[str, str]]:

@@ -64,7 +64,7 @@ def fit_cost(settings: SearchConfig, nfe: int, per_call: float) -> float:
 
 def search_cost(settings: SearchConfig, nfe: int, per_call: float) -> float:
     """Network evaluations of one step count, without what is optional."""
-    trials = per_call * nfe * settings.num_trial_samples * settings.trials * (1 + settings.starts) / 2
+    trials = per_call * nfe * settings.num_trial_samples * settings.trials * (1 + max(settings.starts, 1)) / 2
     descent = 4 * nfe * settings.num_train_samples * settings.gradient_calls if settings.method == "gradient" else 0
     return trials + 3 * fit_cost(settings, nfe, per_call) + per_call * descent
 

@@ -20,6 +20,7 @@ from .problem import Candidate
 from .setup import Setup
 
 METRICS, JOURNAL = "metrics.jsonl", "trials.jsonl"
+OPTIONAL = "optional stages"  # in the list of what a budget left out
 
 
 class Journal:
@@ -137,8 +138,8 @@ class SearchLog(Log):
 
     def affords(self, evaluations: int) -> bool:
         fits = self.setup.affords(evaluations)
-        if not fits and (told := "optional stages") not in self.setup.left_out:
-            self.setup.left_out.append(told)
+        if not fits and OPTIONAL not in self.setup.left_out:
+            self.setup.left_out.append(OPTIONAL)
         return fits
 
     @contextmanager

@@ -67,11 +67,15 @@ def carry_out(record: Record) -> None:
             batches = -(-len(samples) // setup.batch_size)
             with log.progress(f"teacher's images, {samples.split}", "batch", batches) as advance:
                 problem.perceptual.remember(problem, samples, advance)
+    costs = [search_cost(settings, nfe, record.state.get("per_call", 1)) for nfe in missing]
     for place, nfe in enumerate(missing):
-        if place and not setup.affords(search_cost(settings, nfe, record.state.get("per_call", 1))):
+        setup.reserved = 0.0
+        if place and not setup.affords(costs[place]):
             setup.left_out.append(f"{', '.join(map(str, missing[place:]))} calls")
             break
+        setup.reserved = sum(costs[place + 1 :])  # what is optional must leave enough for the next step counts
         _find(problem, record, nfe, SEARCHED, lambda n: method(problem, n, settings, log))
+    setup.reserved = 0.0
     if settings.method != "paper" and settings.fill_nfe:
         _fill(problem, record)
     if not record.is_whole():  # somebody took or spoiled it
@@ -105,7 +109,7 @@ def _try_out(setup: Setup, record: Record) -> None:
         setup.say(setup.perceptual.check())
     if setup.budget.text:
         record.state["per_call"] = found.evaluations_per_sample
-        setup.budget.speed = found.evaluations_per_second
+        setup.budget.speed = found.evaluations_per_second * setup.accelerator.num_processes
         record.state["shrunk"] = setup.shrink(found.evaluations_per_sample, record.state.get("shrunk"))
 
 

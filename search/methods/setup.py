@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..console import say, warn
 from ..images.networks import load_feature_network
-from ..pipeline.memory import halved, is_out_of_memory
+from ..pipeline.memory import fitting
 from ..pipeline.model import Model
 from ..pipeline.student import Student
 from ..processes import from_main, reduced
@@ -34,6 +34,7 @@ NOT_IN_KEY = ("nfe", "output_dir", "batch_size", "fill_nfe", "resume_from_checkp
 # settings that are gone or came later, at their defaults: folders of searches that do not use them keep their keys
 GONE = {"guidance_scales": [], "teacher_scheduler": "", "optimizer": "lbfgs"}
 LATER = {"parametrisation": "corrections", "budget": ""}
+DISTILLED = ("turbo", "lightning", "schnell", "lcm", "distilled")  # in names of models
 T = TypeVar("T")
 Callback = Callable[[dict[str, Any]], object]
 
@@ -68,11 +69,14 @@ class Setup:
         self.settings, self.accelerator, self.main = settings, accelerator, accelerator.is_main_process
         self.callback, self.shows, self.batch_size = callback, progress and self.main, settings.batch_size
         self.budget, self.left_out = Budget(settings.budget), list[str]()
-        self.recalled = 0  # network evaluations of a killed run
+        self.recalled, self.reserved = 0, 0.0  # network evaluations of a killed run; those kept for what comes later
         self.model, device = model or Model.loaded(settings, accelerator.device), accelerator.device
         pipe = self.model.pipe
         if pipe.dtype == torch.float16:
             self.warn("float16 overflows at 65 504, gradients of times are percents off; safer: bfloat16")
+        if any(word in Path(settings.pretrained_model_name_or_path).name.lower() for word in DISTILLED):
+            name = settings.pretrained_model_name_or_path
+            self.warn(f"{name} seems to be distilled for a few fixed steps, where its own scheduler may serve it best")
         self.sampler = self.model.sampler(settings)
         self.folder = Path(settings.output_dir) if settings.output_dir else None
         self.student = Student(self.sampler)
@@ -127,7 +131,7 @@ class Setup:
         """Whether so many more network evaluations fit into the budget; every process is told the same."""
         if not self.budget.text:
             return True
-        left = self.budget.left(self.evaluations(), self.recalled)
+        left = self.budget.left(self.evaluations(), self.recalled) - self.reserved
         return from_main(self.accelerator, bool(evaluations <= left))
 
     def shrink(self, per_call: float, changed: dict[str, int] | None) -> dict[str, int]:
@@ -158,17 +162,14 @@ class Setup:
         Args:
             most: samples that the work runs together, if fewer than a batch.
         """
-        while True:
-            before = self.sampler.network_evaluations
-            try:
-                return work()
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
+        before, first = self.sampler.network_evaluations, min(self.batch_size, most or self.batch_size)
+
+        def with_so_many(samples: int) -> T:
             self.sampler.network_evaluations = before
-            tried = min(self.batch_size, most or self.batch_size)
-            self.batch_size = halved(tried, self.accelerator.num_processes)
-            self.warn(f"{tried} samples do not fit into memory; {self.batch_size} run together from here on")
+            self.batch_size = self.batch_size if samples == first else samples
+            return work()
+
+        return fitting(with_so_many, first, self.accelerator.num_processes)
 
     def note(self, found: Preflight) -> None:
         """Note which groups get gradients.

@@ -169,7 +169,7 @@ def test_an_error_of_any_kind_leaves_the_pipeline_as_it_was(pipe):
 
 
 def test_killed_and_gone_on_with_to_the_bit(tmp_path):
-    """kill -9 in the teacher, in a fit and while a file is renamed."""
+    """kill -9 in the teacher, in a fit and while a file is renamed; and Ctrl-C in a network call."""
     forks = Forks(tmp_path)
 
     def job(folder):
@@ -181,10 +181,12 @@ def test_killed_and_gone_on_with_to_the_bit(tmp_path):
     for moment in (("step", round(0.5 * steps)), ("step", round(0.2 * steps)), ("before rename", 2), NEVER):
         [code], [log] = forks.run((job(tmp_path / "killed"), moment, {}))
         assert code == (0 if moment is NEVER else -signal.SIGKILL), log
-    whole, killed = (
-        json.loads((tmp_path / name / "scheduler_config.json").read_text()) for name in ("whole", "killed")
-    )
-    assert without_clock(killed) == without_clock(whole)
+    [code], [log] = forks.run((job(tmp_path / "stopped"), ("interrupt", round(0.9 * steps)), {}))
+    assert code == 0 and "interrupted; solvers for 2 calls are finished" in log
+    forks.run((job(tmp_path / "stopped"), NEVER, {}))
+    files = [tmp_path / name / "scheduler_config.json" for name in ("whole", "killed", "stopped")]
+    whole, *others = (without_clock(json.loads(file.read_text())) for file in files)
+    assert others == [whole, whole]
 
 
 def test_several_processes_share_the_work(tmp_path):
@@ -398,14 +400,28 @@ def test_a_comparison_of_what_was_found(capsys, tmp_path):
     assert "mine was searched at guidance scale 2.0, this run is at 1.5" in capsys.readouterr().err
 
 
-def test_an_evaluation_of_what_was_found(tmp_path, monkeypatch):
+def crowded(most):
+    """A hook: a device on which so many samples fit."""
+
+    def full(module, args):
+        if len(args[0]) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    return full
+
+
+def test_an_evaluation_of_what_was_found(tmp_path, monkeypatch, capsys):
+    """On a device that holds 40 guided pairs: images are made 32 at a time."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    pipe = make_pipe("flow")
+    pipe.transformer.register_forward_pre_hook(crowded(80))
     evaluated = evaluate(
-        make_pipe("flow"), found_small(), reference=classifier.FOLDER / "reference.safetensors", nfe=2,
+        pipe, found_small(), reference=classifier.FOLDER / "reference.safetensors", nfe=2, batch_size=64,
         extractor="dssolver_search.demo.classifier:load", schedulers=["unipc"], num_images=70, subsets=0,
         guidance_scale=2.0,
     )  # fmt: skip
     assert [r["scheduler"] for r in evaluated.record["results"]] == ["searched", "unipc"]
+    assert "64 samples do not fit into memory; 32 run together from here on" in capsys.readouterr().err
     assert "Frechet distance" in repr(evaluated) and "<pre" in evaluated._repr_html_()
     assert not list(tmp_path.iterdir())
 
@@ -527,17 +543,21 @@ def test_pipelines_that_cannot_be_searched(fault, tmp_path):
     assert after == before and not (tmp_path / "out" / "scheduler_config.json").exists()
 
 
+def test_a_name_that_tells_of_distillation_is_told(pipe, capsys):
+    own = pipe._internal_dict
+    pipe.register_to_config(_name_or_path="org/model-Turbo")
+    with pytest.raises(KeyboardInterrupt):
+        search(pipe, **ONE, callback=Failing(KeyboardInterrupt, "teacher", None))
+    assert "org/model-Turbo seems to be distilled for a few fixed steps" in capsys.readouterr().err
+    vars(pipe)["_internal_dict"] = own
+
+
 @pytest.mark.parametrize("most", [3, 0])
 def test_out_of_memory(most, pipe, capsys, tmp_path, monkeypatch):
     """A device on which so many samples fit: the batch is halved until it does."""
     wanted = search(pipe, **ONE, batch_size=2, guidance_scale=1.0)
     capsys.readouterr()
-    hook = pipe.transformer.register_forward_pre_hook(lambda module, args: crowded(args[0]))
-
-    def crowded(x):
-        if len(x) > most:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-
+    hook = pipe.transformer.register_forward_pre_hook(crowded(most))
     try:
         if most == 0:
             refusing(pipe, "a single sample does not fit into memory; offload .*bfloat16, or make smaller images")
@@ -572,7 +592,7 @@ def kinds(book):
 
 
 def test_the_notebook_runs_as_stored(tmp_path, monkeypatch):
-    smaller = [("BUDGET = 12000", "BUDGET = 4000"), ("num_samples=4", "num_samples=2"), ("steps=100", "steps=10")]
+    smaller = [("BUDGET = 20000", "BUDGET = 4000"), ("num_samples=4", "num_samples=2"), ("steps=100", "steps=10")]
     found = notebook.executed(tmp_path, *smaller)
     stored = json.loads(notebook.FILE.read_text(encoding="utf-8"))
     assert kinds(found) == kinds(stored) and sum(map(bool, kinds(found))) == 4
