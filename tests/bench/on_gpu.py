@@ -30,7 +30,8 @@ from dssolver_search import search
 from dssolver_search.demo import train
 from tests.bench.step import REPETITIONS, SHAPES, clock, schedulers, seconds_per_step
 from tests.pipelines.test_conformance import build, draw, relative
-from tests.pipelines.zoo import NO_TEXT_TWO, ZOO
+from tests.pipelines.zoo import ZOO
+from tests.pipelines.zoo.parts import NO_TEXT_TWO
 
 MINUTES = {"flow": 4.5, "vp": 4.5}
 PIPELINES = ("DiT", "SDXL", "Stable Diffusion 3", "FLUX", "Wan")

@@ -35,7 +35,7 @@ class Entry:
     strength: whether it takes a picture and a strength.
     table: the published solver that belongs to these betas, or to any flow model.
     part: of the times, that this call takes.
-    own_grid: whether the pipeline passes sigmas of a grid of its own, which the scheduler replaces.
+    own_grid: whether the pipeline passes linear-quadratic sigmas, which classical rows keep and tables replace.
     batches: whether the pipeline takes more than one prompt at a time.
     copies: whether the pipeline steps deep copies of its scheduler only.
     """
@@ -154,15 +154,15 @@ def with_picture(arguments, name="image", size=SIZE):
     return lambda pipe, samples: arguments(pipe, samples) | {name: pictures(samples, 3, size, size)}
 
 
-def with_mask(arguments, size=SIZE):
+def with_mask(arguments):
     """A picture whose right half is to be drawn."""
 
     def masked(pipe, samples):
-        mask = torch.zeros(len(samples), 1, size, size)
-        mask[..., size // 2 :] = 1
-        return arguments(pipe, samples) | {"mask_image": mask, "height": size, "width": size}
+        mask = torch.zeros(len(samples), 1, SIZE, SIZE)
+        mask[..., SIZE // 2 :] = 1
+        return arguments(pipe, samples) | {"mask_image": mask, "height": SIZE, "width": SIZE}
 
-    return with_picture(masked, size=size)
+    return with_picture(masked)
 
 
 def without_size(arguments):

@@ -338,7 +338,7 @@ def hunyuan_video15_parts():
 
     return {
         **NO_TEXT_TWO,
-        "transformer": scaled(transformer),
+        "transformer": scaled(transformer, 0.8),
         "vae": scaled(vae, 0.5, seed=1),
         "scheduler": d.FlowMatchEulerDiscreteScheduler(shift=7.0),
         "guider": d.ClassifierFreeGuidance(guidance_scale=2.0),
