@@ -71,11 +71,11 @@ def make_flowdcn():
 
 
 def make_ti2v():
-    return d.WanPipeline(**zoo.wan_parts(), expand_timesteps=True)
+    return d.WanPipeline(**zoo.videos.wan_parts(), expand_timesteps=True)
 
 
 def make_a14b():
-    parts = zoo.wan_parts()
+    parts = zoo.videos.wan_parts()
     torch.manual_seed(1)
     other = type(parts["transformer"]).from_config(parts["transformer"].config)
     return d.WanPipeline(**parts, transformer_2=zoo.scaled(lambda: other, seed=2), boundary_ratio=0.875)
@@ -94,7 +94,7 @@ SYSTEMS = {
     "dit-xl-2-256": System(zoo.make_dit, tflops=0.237),
     "dit-xl-2-512": System(zoo.make_dit, tflops=1.05),
     "pixart-alpha": System(
-        lambda: d.PixArtAlphaPipeline(**zoo.make_pixart().components), zoo.pixart_arguments, tflops=1.24
+        lambda: d.PixArtAlphaPipeline(**zoo.betas.make_pixart().components), zoo.betas.pixart_arguments, tflops=1.24
     ),
     "pixart-sigma": of_zoo("PixArt-Sigma", tflops=6.63),
     "sd1.5": of_zoo("Stable Diffusion", tflops=0.803),
@@ -103,7 +103,7 @@ SYSTEMS = {
     "flux.1-dev": of_zoo("FLUX", guided=1, tflops=74.4),
     "sana": of_zoo("Sana", tflops=2.97),
     "qwen-image": of_zoo("Qwen-Image", tflops=132.0),
-    "wan2.2-t2v": System(make_ti2v, zoo.wan_arguments, calls=2, tflops=517.0),
+    "wan2.2-t2v": System(make_ti2v, zoo.videos.wan_arguments, calls=2, tflops=517.0),
     "ltx-video": of_zoo("LTX", tflops=34.1),
 }
 recipes = pytest.mark.parametrize("name", NAMES)
