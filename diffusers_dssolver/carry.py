@@ -1,8 +1,8 @@
 """One change of variables: solvers of one path on models of another.
 
 In x/alpha and sigma/alpha every path is the same ODE, so the nodes of a solver are noise levels. Let s be the solver's
-path and m the model's, e the ratio of their resolution shifts (1 without any), and w = alpha/sigma. Data of the solver's
-world are the model's over e, and three scalars a step differ:
+path and m the model's, e the ratio of their resolution shifts (1 without any), and w = alpha/sigma. Data of the
+solver's world are the model's over e, and three scalars a step differ:
 
     node        w_m = w_s / e + c
     state       x_s = r x_m        r = hypot(alpha_s, sigma_s) / hypot(e (alpha_m - c sigma_m), sigma_m)

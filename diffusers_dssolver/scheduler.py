@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -267,6 +267,13 @@ class DSSolverScheduler(NoiseSchedule):
     def solvers(self) -> Mapping[int, SolverSpec]:
         """Searched solvers by step count, at the guidance scale of the configuration."""
         return self._solvers
+
+    def course(self, nfe: int) -> Course:
+        """How a step count is run at the shift of the configuration, or, where that is dynamic, at the one searched."""
+        chosen = self._solver_set()
+        if self.config.use_dynamic_shifting:
+            chosen = replace(chosen, searched_shifts={})
+        return chosen.choose(nfe)[0]
 
     @property
     def shift(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import math
@@ -38,6 +39,12 @@ FIELDS = {  # predicted data by x/sigma and alpha/sigma
 }
 
 
+@functools.cache
+def path_of(kind):
+    return DSSolverScheduler(**KINDS[kind]).path
+
+
+@functools.cache
 def home(kind):
     """`carried_from` of tables that were searched on this kind of model."""
     config = DSSolverScheduler(**KINDS[kind]).config
@@ -48,10 +55,11 @@ def shift_of(kind):
     return KINDS[kind].get("shift", 1.0)
 
 
+@functools.cache
 def table_of(kind, start=False):
     """Uneven rows on nodes of these levels, from the path's own first node with `start`; the network is fed times of
     its own, a little beside the nodes'."""
-    path = DSSolverScheduler(**KINDS[kind]).path
+    path = path_of(kind)
     nodes = path.node_of_angle(torch.tensor([*map(math.atan, LEVELS), 0.0], dtype=torch.float64))
     fed = path.node_of_angle(torch.tensor([math.atan(0.97 * s) for s in LEVELS], dtype=torch.float64))
     if start:
@@ -93,8 +101,8 @@ def trace(scheduler, field, x, nfe, first=0, factor=1.0, offset=0.0):
     return states
 
 
-def compare(own, model, field, first=0, table=None, **more):
-    """A run on the solver's own path and the same run carried over: the same states through r."""
+def compare(own, model, fields=("curved",), first=0, table=None, **more):
+    """Runs on the solver's own path and the same runs carried over: the same states through r."""
     table = table or table_of(own)
     n = len(table["coefficients"])
     there, factor = moved(own, model, table, **more)
@@ -102,36 +110,35 @@ def compare(own, model, field, first=0, table=None, **more):
     change = there._course.change
     offset = change.offset if change else 0.0
     here = native(own, table, **more)
-    x = noise()
-    wanted = trace(here, FIELDS[field], x, n, first, factor, offset)
+    here.set_timesteps(n)
     a, s = here.path.alpha_sigma(here._course.nodes)
     alpha, sigma = there.path.alpha_sigma(there._course.nodes)
     r = torch.hypot(a, s) / torch.hypot(factor * (alpha - offset * sigma), sigma)
     r[-1] = 1 / factor  # the data
-    got = trace(there, FIELDS[field], x / r[first], n, first)
-    for i, (state, wanted_state) in enumerate(zip(got, wanted, strict=True), first):
-        assert_close(r[i] * state, wanted_state, 1e-9)
+    for field in fields:
+        wanted = trace(here, FIELDS[field], noise(), n, first, factor, offset)
+        got = trace(there, FIELDS[field], noise() / r[first], n, first)
+        for i, (state, wanted_state) in enumerate(zip(got, wanted, strict=True), first):
+            assert_close(r[i] * state, wanted_state, 1e-9)
     assert_close((alpha / sigma)[:-1], (a / s)[:-1] / factor + offset, 1e-9)
     return there
 
 
 @pytest.mark.parametrize("own, model", PAIRS, ids=str)
 def test_the_same_run_on_another_path_gives_the_same_numbers(own, model):
-    for field in FIELDS:
-        there = compare(own, model, field)
+    there = compare(own, model, FIELDS)
     factor = shift_of(model) / shift_of(own) if "flow" in own and "flow" in model else 1.0
     levels = there.path.angle(there._course.nodes[:-1]).tan()
     assert_close(levels, factor * torch.tensor(LEVELS, dtype=torch.float64), 1e-9)
     assert there._course.nodes[-1] == 0
-    for field in FIELDS:  # from each path's own first node
-        there = compare(own, model, field, table=table_of(own, start=True))
+    there = compare(own, model, FIELDS, table=table_of(own, start=True))  # from each path's own first node
     assert there._course.nodes[0] == there.path.first_node and len(there._course.times) == 5
 
 
 @pytest.mark.parametrize("own, model", PAIRS, ids=str)
 def test_from_pure_noise_a_constant_field_ends_at_the_data(own, model):
     """Also where a solver's first nodes are noisier than anything that the model knows."""
-    path = DSSolverScheduler(**KINDS[own]).path
+    path = path_of(own)
     nodes = [path.first_node * s for s in (1.0, 0.995, 0.99, 0.97, 0.9, 0.5, 0.2)]
     table = {**make_table(7), "nodes": [*nodes, 0.0]}
     there, _ = moved(own, model, table)
@@ -149,12 +156,10 @@ AWAY = [("flow", "scaled-linear"), ("continuous", "flow"), ("flow", "flow, shift
 @pytest.mark.parametrize("own, model", AWAY, ids=str)
 def test_what_a_run_may_meet_is_carried_too(own, model):
     for first in (1, 3):  # image-to-image
-        compare(own, model, "curved", first)
-    compare(own, model, "curved", history_length=2)
-    compare(own, model, "curved", 2, history_length=1)
-    table = table_of(own)
-    del table["timesteps"]
-    there = compare(own, model, "linear", table=table)
+        compare(own, model, first=first)
+    compare(own, model, history_length=2)
+    compare(own, model, first=2, history_length=1)
+    there = compare(own, model, table={k: v for k, v in table_of(own).items() if k != "timesteps"})
     # a part that is written is run as the announced part is
     x = noise()
     there.set_timesteps(5)
@@ -172,7 +177,7 @@ def test_what_a_run_may_meet_is_carried_too(own, model):
 
 @pytest.mark.parametrize("own, model", PAIRS, ids=str)
 def test_there_and_back_nodes_are_what_they_were(own, model):
-    paths = [DSSolverScheduler(**KINDS[kind]).path for kind in (own, model)]
+    paths = [path_of(kind) for kind in (own, model)]
     for start in (False, True):
         spec = SolverSpec.from_dict(table_of(own, start))
         there = carried(spec, *paths, 1.7)
