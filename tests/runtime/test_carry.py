@@ -181,6 +181,9 @@ def test_there_and_back_nodes_are_what_they_were(own, model):
     for start in (False, True):
         spec = SolverSpec.from_dict(table_of(own, start))
         there = carried(spec, *paths, 1.7)
+        fed, own_fed = paths[1].node(there.times), paths[0].node(torch.tensor(spec.timesteps, dtype=torch.float64))
+        wanted = 1 / paths[0].angle(own_fed).tan() / 1.7 + there.change.offset
+        assert_close(1 / paths[1].angle(fed).tan(), wanted, 1e-9)
         spec_there = SolverSpec(there.nodes.tolist(), spec.coefficients, there.times.tolist())
         back = carried(spec_there, *reversed(paths), 1 / 1.7)
         angle, node = paths[0].angle, paths[0].node  # the path to zero terminal SNR stands still at its beginning
