@@ -99,7 +99,7 @@ def _difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
     if calls[0] != calls[1]:
         return f"was searched with {calls[1]!r}"
     for key, name in (
-        ("searched_shift", "was searched at shift"), ("mean_decay", "has mean_decay"), ("carried_from", "is carried from")
+        ("searched_shift", "was searched at shift"), ("mean_decay", "has mean_decay"), ("carried_from", "comes from"),
     ):  # fmt: skip
         if one[key] != other[key]:
             return f"{name} {other[key]!r}"
