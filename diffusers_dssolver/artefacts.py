@@ -6,6 +6,7 @@ Functions of configurations only. A "full" configuration holds every key of `DSS
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from .config import ARTEFACT_KEYS, BETA_KEYS, OWN_KEYS, SCHEDULE_KEYS, SHIFT_KEYS, is_flow, own_schedule
@@ -102,7 +103,8 @@ def carry_over(
     if model["strict"]:
         ways = remedy(model, published)
         raise ValueError(f"solver {name!r} {reason}; {ways}, or leave strict out to carry it over by noise level")
-    origin = artefact["carried_from"] or {"source": name, **{key: home[key] for key in OWN_KEYS}}
+    source = Path(name).name if Path(name).exists() else name
+    origin = artefact["carried_from"] or {"source": source, **{key: home[key] for key in OWN_KEYS}}
     return {**taken, "carried_from": origin}, (
         f"solver {name!r} was searched on another noise schedule ({schedule(home)}) than this model's "
         f"({schedule(model)}): it is carried over by noise level, which nobody measured here"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
+from .console import logger
 from .settings import parse
 
 INTERRUPTED = 130  # what a shell reports of a command that Ctrl-C ended
@@ -39,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(USAGE, file=sys.stderr)
         sys.exit(0 if command in ("-h", "--help") else 2)
     settings, function = COMMANDS[command]
+    level = logger.level
+    logger.setLevel(logging.INFO)
     try:
         given = parse(named(settings), rest, prog)
         named(function)(given)
@@ -51,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             os._exit(INTERRUPTED)  # other processes may be gone or waiting: nothing more can be agreed with them
         sys.exit(INTERRUPTED)
+    finally:
+        logger.setLevel(level)
 
 
 def named(path: str) -> Any:

@@ -1,11 +1,14 @@
-"""What a command tells its user: single lines past any progress bar, and the names of what was measured."""
+"""What the package tells its user: single lines past any progress bar, and the names of what was measured.
+
+Lines go to the logger `dssolver_search`, as those of diffusers go to its own: warnings are shown, and what a command
+says besides if its level is INFO, which the commands set.
+"""
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Any
-
-from tqdm.auto import tqdm
 
 METRICS = {
     "frechet_distance": "Frechet distance", "kernel_distance": "Kernel distance", "inception_score": "Inception score",
@@ -14,9 +17,29 @@ METRICS = {
 INCEPTION_METRICS = {"frechet_distance": "FID", "kernel_distance": "KID"}
 
 
+class _AboveBars(logging.Handler):
+    """Writes lines to stderr, above any progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm.auto import tqdm  # slow to import, and --help says nothing
+
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+logger = logging.getLogger(__package__)
+logger.propagate = False
+logger.setLevel(logging.WARNING)
+logger.addHandler(_AboveBars())
+
+
 def say(line: str) -> None:
-    """Print a line on stderr, above any progress bar."""
-    tqdm.write(line, file=sys.stderr)
+    """Tell the user how the work goes on."""
+    logger.info(line)
+
+
+def warn(line: str) -> None:
+    """Tell the user what is not as it was asked for."""
+    logger.warning(line)
 
 
 def one_line(error: BaseException) -> str:

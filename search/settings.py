@@ -6,10 +6,12 @@ import argparse
 import copy
 import dataclasses
 import json
+import math
+import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,6 +43,7 @@ T = TypeVar("T")
 Rule = tuple[Callable[[Any], bool], str]  # whether a value is accepted, and what would be
 
 REQUIRED: Rule = (bool, "")
+FOR_COMMANDS: Rule = ((lambda value: True), "")  # required on the command line; from Python, objects take its place
 
 
 def at_least(least: float) -> Rule:
@@ -69,7 +72,23 @@ ENDS: Rule = (
     f"numbers from 0 to {LATEST_END}",
 )
 SOME_GROUPS: Rule = (lambda value: bool(value) and set(value) <= set(GROUPS), f"some of {', '.join(GROUPS)}")
+BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*(s|sec|seconds|m|min|minutes|h|hours)?")
+UNITS = {"s": 1, "m": 60, "h": 3600}
 INTERVALS: Rule = (lambda value: value == 0 or value >= 2, "0, or 2 or more")
+
+
+def budget_of(text: str) -> tuple[float, float | None]:
+    """(network evaluations, seconds) of a budget; one of them is unlimited: infinite, or None.
+
+    Raises:
+        ValueError: the text is neither a number nor a time.
+    """
+    found = BUDGET.fullmatch(text.strip().replace("_", "").replace(",", ""))
+    if text and (not found or not float(found[1])):
+        raise ValueError(f"budget is {text!r}; it must be a time, as 5min or 90s, or a number of network evaluations")
+    if not found:
+        return math.inf, None
+    return (math.inf, float(found[1]) * UNITS[found[2][0]]) if found[2] else (float(found[1]), None)
 
 
 def option(help: str, default: Any, rule: Rule | None = None) -> Any:
@@ -101,8 +120,8 @@ class Settings:
 class ModelConfig(Settings):
     """The model and how it is run; what `search`, `compare` and `evaluate` share."""
 
-    pretrained_model_name_or_path: str = option("pipeline, Hub id or folder", "", REQUIRED)
-    output_dir: str = option("folder for the results", "", REQUIRED)
+    pretrained_model_name_or_path: str = option("pipeline, Hub id or folder", "", FOR_COMMANDS)
+    output_dir: str = option("folder for the results", "", FOR_COMMANDS)
     nfe: list[int] = option("network calls", [5, 8], STEP_COUNTS)
     guidance_scale: float | None = option("the guidance of the run, passed to the pipeline", None)
     call: dict[str, Any] = option("more arguments of the pipeline's call, as JSON", {})
@@ -192,6 +211,7 @@ class SearchConfig(ModelConfig):
     learning_rate: float = option("paper: of Lion, constant", 1e-2, POSITIVE)
     reference_steps: int = option("paper: Euler (DDIM) steps of the reference", 100, COUNT)
     validation_steps: int = option("paper: updates between held-out checks", 10, COUNT)
+    budget: str = option("most that it spends: a time, as 5min, 90s or 1h, or network evaluations; empty: no limit", "")
     resume_from_checkpoint: str = option(
         "latest: go on where a killed run of this very search stopped, begin if there is none; none: refuse a folder "
         "that holds a search",
@@ -201,6 +221,9 @@ class SearchConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        budget_of(self.budget)
+        if self.budget and self.method == "paper":
+            raise ValueError("budget is for methods closed_form and gradient; give method paper num_generated_samples")
         if self.objective == PERCEPTUAL and not self.feature_network:
             raise ValueError(f"objective {PERCEPTUAL} needs a feature_network; give one, or another objective")
         if self.objective != PERCEPTUAL and self.feature_network is not None:
@@ -391,7 +414,26 @@ def parse(cls: type[T], argv: Sequence[str], prog: str) -> T:
     values = {**recipe, **{k: _from_text(k, v, hints[k]) for k, v in given.items()}}
     if unknown := sorted(set(values) - set(hints)):
         raise ValueError(f"unknown setting {unknown[0]!r}; known: {', '.join(sorted(hints))}")
+    for entry in dataclasses.fields(cls):
+        if entry.metadata["rule"] is FOR_COMMANDS and not values.get(entry.name):
+            raise ValueError(f"{entry.name} is missing; give --{entry.name}")
     return cls(**{key: _checked(key, value, hints[key]) for key, value in values.items()})
+
+
+def made(cls: type[T], values: Mapping[str, Any]) -> T:
+    """Settings from Python; single values, tuples and ranges serve as lists.
+
+    Raises:
+        ValueError: naming the key or value at fault.
+    """
+    hints = typing.get_type_hints(cls)
+
+    def whole(key: str, value: Any) -> Any:
+        if typing.get_origin(hints[key]) is not list:
+            return value
+        return list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
+
+    return cls(**{key: _checked(key, whole(key, value), hints[key]) for key, value in values.items()})
 
 
 def _refuse_removed(keys: Iterable[str]) -> None:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
-from .console import say
+from .console import warn
 
 CHECKSUM, RECORD = "sha256", "record"
 STALE_SECONDS = 3600  # age of a partial file whose writer is taken for dead
@@ -147,7 +147,7 @@ def _found(file: Path | None) -> Kept | None:
     try:
         return read_tensors(file)
     except Damaged as error:
-        say(f"{file} is damaged and made anew: {error}")
+        warn(f"{file} is damaged and made anew: {error}")
         return None
 
 

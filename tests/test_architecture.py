@@ -52,9 +52,10 @@ SEARCH_ARROWS: dict[str, set[str]] = {
     "artefacts": {RUNTIME, "measure.pictures", "measure.results", "storage", *BASE},
     "checkpoints": {RUNTIME, "storage", *BASE},
     "demo": {RUNTIME, "images", "storage", *BASE},
+    "interface": {RUNTIME, "methods", "measure", "artefacts", "pipeline", "processes", "storage", *BASE},
     "cli": BASE,
     "__main__": {"cli"},
-    "__init__": {"methods", "measure", "artefacts", "pipeline", "storage", *BASE},
+    "__init__": {"interface"},
 }
 
 

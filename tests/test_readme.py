@@ -39,7 +39,7 @@ def blocks(language: str) -> list[str]:
 def test_every_block_is_known():
     """A new kind of block needs a way to be executed."""
     assert README.count("```") == 2 * (len(blocks("python")) + len(blocks("bash")))
-    assert len(blocks("python")) == 2
+    assert len(blocks("python")) == 3
     assert len(blocks("bash")) == 5
 
 
@@ -71,6 +71,18 @@ def test_search_compare_and_use_as_written(tmp_path, monkeypatch, capsys):
     exec(blocks("python")[1], scope)
     assert len(scope["images"]) == 2
     assert scope["pipe"].scheduler.tables == (5, 8)
+
+
+def test_search_from_python_as_written(tmp_path, monkeypatch):
+    """On a budget of evaluations in place of minutes."""
+    (tmp_path / "search").mkdir()
+    shutil.copytree(ROOT / "search" / "demo" / "flow", tmp_path / "search" / "demo" / "flow")
+    monkeypatch.chdir(tmp_path)
+    code = blocks("python")[2].replace('"5min"', "9000").replace("num_samples=8", "num_samples=2, reference_steps=9")
+    scope: dict = {}
+    exec(code, scope)
+    assert len(scope["images"]) == 2 and scope["pipe"].scheduler.tables[:1] == (3,)
+    assert (tmp_path / "comparison.png").is_file()
 
 
 def test_convert_as_written(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from diffusers_dssolver import DSSolverScheduler, SolverSpec
 from diffusers_dssolver.config import own_schedule
 from diffusers_dssolver.paths import FlowPath, Path
 
-from ..console import say
+from ..console import warn
 from ..settings import ExportConfig
 from ..storage import write_text
 from .read import load_solver
@@ -38,7 +38,7 @@ def export(config: ExportConfig) -> None:
         if nfe is None:
             raise ValueError(f"nfe is {config.nfe}; give one step count for sigmas")
         print(", ".join(f"{sigma:.9g}" for sigma in levels(scheduler, specs(scheduler, [nfe])[nfe])["sigmas"]))
-        say(
+        warn(
             "nodes only: the searched weights, and the times that the network is fed, are lost; whatever runs on these "
             "noise levels is not the solver that was measured (kdiffusion keeps all of it)"
         )

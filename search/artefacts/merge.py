@@ -13,7 +13,7 @@ from diffusers_dssolver import DSSolverScheduler
 from diffusers_dssolver.artefacts import mismatch
 from diffusers_dssolver.published import CONFIG_NAME
 
-from ..console import say
+from ..console import warn
 from ..settings import MergeConfig
 from ..storage import write_text
 from .read import load_solver
@@ -63,7 +63,7 @@ def _merged(by_scale: Mapping[float, Mapping[str, Any]], default: float) -> dict
     if not counts:
         raise ValueError("the solvers have no step count in common; search the same --nfe at every guidance scale")
     if left_out := sorted(set().union(*(a["solvers"] for a in by_scale.values())) - counts, key=int):
-        say(f"left out, since not every guidance scale has tables for them: {', '.join(left_out)} steps")
+        warn(f"left out, since not every guidance scale has tables for them: {', '.join(left_out)} steps")
     tables = {w: {n: a["solvers"][n] for n in sorted(counts, key=int)} for w, a in by_scale.items()}
     facts = by_scale[default]["provenance"]
     provenance = {

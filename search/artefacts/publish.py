@@ -31,7 +31,7 @@ from huggingface_hub.utils.sha import git_hash
 from diffusers_dssolver.card import CARD, schedule, without_paths
 from diffusers_dssolver.published import CONFIG_NAME
 
-from ..console import say
+from ..console import warn
 from ..settings import CardsConfig, PublishConfig
 from ..storage import Damaged, read_record, write_record, write_text
 from .figures import KINDS, PICTURES, card
@@ -45,7 +45,12 @@ INDEX = ("<!-- solvers -->", "<!-- /solvers -->")
 
 
 def publish(config: PublishConfig) -> None:
-    """Send the solver, or print what would be sent.
+    """The command: `sent`, and what it says printed."""
+    print(sent(config))
+
+
+def sent(config: PublishConfig) -> str:
+    """Send the solver, or tell what would be sent; in words.
 
     Raises:
         ValueError: the folder has no usable solver or figures, the repository holds another solver, the tag is taken,
@@ -59,12 +64,11 @@ def publish(config: PublishConfig) -> None:
         raise ValueError(f"repo_id is {config.repo_id!r}; it must be org/name")
     files = contents(config)
     if config.dry_run:
-        print("\n".join(f"{len(data):>9,} bytes  {name}" for name, data in files.items()))
-        print(f"would be sent to {config.repo_id}\n\n{files[CARD].decode()}")
-        return
+        listed = [f"{len(data):>9,} bytes  {name}" for name, data in files.items()]
+        return "\n".join([*listed, f"would be sent to {config.repo_id}\n\n{files[CARD].decode()}"])
     commit = _persistently(config, files)
     at = f", tagged {config.tag}" if config.tag else ""
-    print(f"{config.repo_id} holds this solver and its card at commit {commit}{at}")
+    return f"{config.repo_id} holds this solver and its card at commit {commit}{at}"
 
 
 def contents(config: PublishConfig) -> dict[str, bytes]:
@@ -152,7 +156,7 @@ def _persistently(config: PublishConfig, files: Mapping[str, bytes]) -> str:
             again = status in (None, *BUSY) or (status == MOVED and not config.force)
             if not again or attempt == ATTEMPTS:
                 raise ValueError(_in_words(error, status, config.repo_id)) from None
-            say(f"the Hub {f'answered {status}' if status else 'could not be reached'}; trying again")
+            warn(f"the Hub {f'answered {status}' if status else 'could not be reached'}; trying again")
             time.sleep(PAUSE * 2 ** (attempt - 1))
 
 
@@ -228,7 +232,7 @@ def _remembered(config: PublishConfig) -> dict[str, list[str]]:
         return read_record(Path(config.solver) / RECORD)
     except Damaged as error:
         if (Path(config.solver) / RECORD).exists():
-            say(f"{Path(config.solver) / RECORD} is damaged and left out: {error}")
+            warn(f"{Path(config.solver) / RECORD} is damaged and left out: {error}")
         return {}
 
 

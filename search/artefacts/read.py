@@ -10,7 +10,7 @@ from typing import Any
 from diffusers_dssolver import DSSolverScheduler, published_solvers
 from diffusers_dssolver.published import published_config
 
-from ..console import one_line, say
+from ..console import one_line, warn
 
 NUMBER = float | int
 # By file: the command that writes it, the fields that are shown of the file, and those of each of its results.
@@ -80,5 +80,5 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
         if isinstance(record, dict):
             records.append(record)
         else:
-            say(f"{file}, line {number} is damaged and left out")
+            warn(f"{file}, line {number} is damaged and left out")
     return records

@@ -8,10 +8,11 @@ batches.
 from __future__ import annotations
 
 import functools
+import io
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,17 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
-from ..console import one_line, say
+from ..console import one_line, warn
 from ..images.networks import distance, load_feature_network
+from ..pipeline.memory import halved, is_out_of_memory
+from ..pipeline.model import Model
 from ..processes import launched
 from ..settings import CompareConfig
 from ..storage import Kept, kept, remove_partial_files, write_text
 from ..teacher.ends import model_itself
 from .baselines import Run
-from .lineup import LONG_WAIT, VERSIONS, Lineup, Sampled, Task, batches, share
-from .pictures import comparison_picture, error_curves, strip
+from .lineup import LONG_WAIT, VERSIONS, Lineup, Sampled, Solvers, Task, batches, share
+from .pictures import as_html, comparison_picture, error_curves, strip
 from .results import ERRORS, Result, details, interval, psnr, table
 
 SPLIT = "test"  # no search draws this noise
@@ -38,13 +41,22 @@ SPLIT = "test"  # no search draws this noise
 class Comparison:
     """Runs of a lineup on the same test samples, and their errors against converged runs.
 
+    Args:
+        model, solvers: as a `Lineup` takes them.
+
     Raises:
         ValueError: a setting, the model or a solver is at fault; nothing was run.
     """
 
-    def __init__(self, config: CompareConfig, accelerator: Accelerator | None = None) -> None:
-        self.config, self.accelerator = config, accelerator or Accelerator()
-        self.lineup = Lineup(config, SPLIT, self.accelerator, config.reference_end)
+    def __init__(
+        self,
+        config: CompareConfig,
+        accelerator: Accelerator | None = None,
+        model: Model | None = None,
+        solvers: Solvers | None = None,
+    ) -> None:
+        self.config, self.accelerator, self.batch_size = config, accelerator or Accelerator(), config.batch_size
+        self.lineup = Lineup(config, SPLIT, self.accelerator, config.reference_end, model, solvers)
         model_itself(self.lineup.model_config, config.reference_end)  # raises if the model cannot end there
         device = self.accelerator.device
         self.features = load_feature_network(config.feature_network, device) if config.feature_network else None
@@ -58,7 +70,7 @@ class Comparison:
     @property
     def batches(self) -> list[range]:
         count = self.config.num_samples
-        return batches(count, min(self.config.batch_size, -(-count // self.accelerator.num_processes)))
+        return batches(count, min(self.batch_size, -(-count // self.accelerator.num_processes)))
 
     def sample(self, scheduler: Any, steps: int, indices: Sequence[int] | None = None, **call: Any) -> Sampled:
         """These test samples, or all of them batch by batch."""
@@ -97,10 +109,8 @@ class Comparison:
         def make() -> Kept:
             try:
                 made = self.sample(run.scheduler, run.steps, batch, **run.call)
-            except torch.OutOfMemoryError:
-                raise
             except Exception as error:  # a scheduler of diffusers in a pipeline that is not made for it
-                if run.searched:
+                if run.searched or is_out_of_memory(error):
                     raise
                 return {}, {"refused": one_line(error)}
             wanted, _ = kept(*self._converged(config.reference_steps, batch))
@@ -137,8 +147,19 @@ class Comparison:
         steps = self.config.reference_steps
         return max(steps // 2, 1), steps
 
-    def run(self) -> tuple[list[Result], float, list[np.ndarray]]:
-        """Results, the best spacing of each stock scheduler per NFE; the converged runs' own error; their pictures."""
+    def run(self) -> Compared:
+        """The whole comparison; begun anew with half as many samples together wherever they do not fit into memory."""
+        while True:
+            try:
+                return self._run()
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            tried = min(self.batch_size, self.config.num_samples)
+            self.batch_size = halved(tried, self.accelerator.num_processes)
+            warn(f"{tried} samples do not fit into memory; {self.batch_size} run together from here on")
+
+    def _run(self) -> Compared:
         every = [run for nfe in self.config.nfe for run in self.lineup.runs(nfe)]
         share(self.accelerator, [self._converged(n, batch) for n in self._steps for batch in self.batches], "converged")
         self.accelerator.wait_for_everyone()
@@ -151,14 +172,15 @@ class Comparison:
             result = self._result(run, span)
             if result and ((run.name, run.nfe) not in results or result.mse < results[run.name, run.nfe].mse):
                 results[run.name, run.nfe] = result
-        return list(results.values()), uncertainty, list(images[: self.config.num_pictures].numpy())
+        pictures = list(images[: self.config.num_pictures].numpy())
+        return Compared(self.config, list(results.values()), uncertainty, pictures)
 
     def _result(self, run: Run, span: float) -> Result | None:
         """All batches of a run together; None if the pipeline and the scheduler do not go together."""
         parts, facts = zip(*(kept(*self._errors(run, batch)) for batch in self.batches), strict=True)
         if refused := next((f["refused"] for f in facts if "refused" in f), None):
             if self.accelerator.is_main_process:
-                say(f"{run.name} ({run.spacing}) cannot run at {run.nfe} calls and is left out: {refused}")
+                warn(f"{run.name} ({run.spacing}) cannot run at {run.nfe} calls and is left out: {refused}")
             return None
         samples = {name: torch.cat([p[name] for p in parts]) for name in ERRORS if name in parts[0]}
         errors = {name: values.mean().item() for name, values in samples.items()}
@@ -181,6 +203,63 @@ class Comparison:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class Compared:
+    """What a comparison found. A notebook shows its table and picture.
+
+    Attributes:
+        results: of each scheduler at each NFE, of stock ones those of their best spacing.
+        uncertainty: mse between converged runs and half as many steps.
+        converged: their images.
+    """
+
+    config: CompareConfig
+    results: list[Result]
+    uncertainty: float
+    converged: list[np.ndarray]
+
+    @property
+    def table(self) -> str:
+        """Final-state mse by scheduler and NFE."""
+        return table(self.results, self.config, self.uncertainty)
+
+    @property
+    def details(self) -> str:
+        """Everything that was measured."""
+        return details(self.results)
+
+    def picture(self) -> Image.Image:
+        """The same samples through every scheduler."""
+        file = io.BytesIO()
+        comparison_picture(self.results, self.config, self.converged, file)
+        return Image.open(file)
+
+    def save(self, folder: str | Path) -> None:
+        """Write comparison.json, comparison.png, error.png and pictures/."""
+        folder, config = Path(folder), self.config
+        (folder / "pictures").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(strip(self.converged)).save(folder / "pictures" / "reference.png")
+        for result in self.results:
+            result.picture = f"pictures/{result.scheduler.replace('/', '--')}-{result.nfe}.png"
+            Image.fromarray(strip(result.pictures)).save(folder / result.picture)
+        end = {"end": config.reference_end} if config.reference_end else {}
+        record = {
+            "settings": asdict(config),
+            "reference": {"steps": config.reference_steps, "mse_against_half_the_steps": self.uncertainty, **end},
+            "versions": VERSIONS,
+            "results": [result.plain() for result in self.results],
+        }
+        write_text(folder / "comparison.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
+        comparison_picture(self.results, config, self.converged, folder / "comparison.png")
+        error_curves(self.results, folder / "error.png")
+
+    def __repr__(self) -> str:
+        return self.table
+
+    def _repr_html_(self) -> str:
+        return as_html(self.table, self.picture())
+
+
 def compare(config: CompareConfig) -> None:
     """Run the comparison; print the tables, write comparison.json, comparison.png, error.png and pictures/.
 
@@ -188,37 +267,21 @@ def compare(config: CompareConfig) -> None:
         ValueError: a setting, the model or a solver is at fault; one line, and nothing is written.
         KeyboardInterrupt: Ctrl-C, with a line that says how to go on.
     """
-    folder = Path(config.output_dir)
+    folder = config.output_dir
     with launched(lambda: f"the same command goes on from what {folder} holds", LONG_WAIT) as accelerator:
-        comparison = Comparison(config, accelerator)
-        if comparison.cache.is_dir():
-            remove_partial_files(comparison.cache)
-        found = comparison.run()
+        found = carried_out(Comparison(config, accelerator))
         if accelerator.is_main_process:
-            _write(folder, config, *found)
+            print(found.details)
+            print(found.table)
+            found.save(folder)
+            print(f"written to {folder}: comparison.json, comparison.png, error.png, pictures/")
 
 
-def _write(
-    folder: Path, config: CompareConfig, results: list[Result], uncertainty: float, converged: list[np.ndarray]
-) -> None:
-    (folder / "pictures").mkdir(parents=True, exist_ok=True)
-    Image.fromarray(strip(converged)).save(folder / "pictures" / "reference.png")
-    for result in results:
-        result.picture = f"pictures/{result.scheduler.replace('/', '--')}-{result.nfe}.png"
-        Image.fromarray(strip(result.pictures)).save(folder / result.picture)
-    print(details(results))
-    print(table(results, config, uncertainty))
-    end = {"end": config.reference_end} if config.reference_end else {}
-    record = {
-        "settings": asdict(config),
-        "reference": {"steps": config.reference_steps, "mse_against_half_the_steps": uncertainty, **end},
-        "versions": VERSIONS,
-        "results": [result.plain() for result in results],
-    }
-    write_text(folder / "comparison.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
-    comparison_picture(results, config, converged, folder / "comparison.png")
-    error_curves(results, folder / "error.png")
-    print(f"written to {folder}: comparison.json, comparison.png, error.png, pictures/")
+def carried_out(comparison: Comparison) -> Compared:
+    """What a comparison finds, after a clean-up of its folder."""
+    if comparison.cache.is_dir():
+        remove_partial_files(comparison.cache)
+    return comparison.run()
 
 
 def _mse(a: Tensor, b: Tensor, peak: float = 1.0) -> Tensor:

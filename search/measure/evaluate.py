@@ -23,12 +23,13 @@ from ..console import metric_name
 from ..images.features import Clip, load_extractor
 from ..images.metrics import bound, with_intervals
 from ..images.real_images import Opener, Statistics, open_real_images
+from ..pipeline.model import Model
 from ..processes import launched
 from ..settings import EvaluateConfig
 from ..storage import Kept, read_tensors, remove_partial_files, write_text
 from .baselines import Run
 from .generate import Generation
-from .lineup import LONG_WAIT, VERSIONS, Task, share
+from .lineup import LONG_WAIT, VERSIONS, Solvers, Task, share
 from .results import aligned
 
 SHARDS, STATISTICS, RESULTS = "shards", "reference.safetensors", "evaluation.json"
@@ -39,11 +40,20 @@ class Evaluation:
 
     Everything is loaded and checked first; nothing is written if anything is at fault.
 
+    Args:
+        model, solvers: as a `Lineup` takes them.
+
     Raises:
         ValueError: a setting, the model, a solver, a network or the real images are at fault.
     """
 
-    def __init__(self, config: EvaluateConfig, accelerator: Accelerator | None = None) -> None:
+    def __init__(
+        self,
+        config: EvaluateConfig,
+        accelerator: Accelerator | None = None,
+        model: Model | None = None,
+        solvers: Solvers | None = None,
+    ) -> None:
         self.config, self.folder = config, Path(config.output_dir)
         self.accelerator = accelerator or Accelerator()
         self.main, device = self.accelerator.is_main_process, self.accelerator.device
@@ -54,7 +64,7 @@ class Evaluation:
         self.real = open_real_images(config, self.extractor)
         if isinstance(self.real, Statistics) and self.real.n is not None:
             self._check_count(self.real.n, "the number of reference images")
-        self.generation = Generation(config, self.folder / SHARDS, self.accelerator)
+        self.generation = Generation(config, self.folder / SHARDS, self.accelerator, model, solvers)
         if self.clip:
             self.generation.prompts([0])
 
@@ -66,8 +76,8 @@ class Evaluation:
                 "or --allow_few_images"
             )
 
-    def __call__(self) -> None:
-        """The whole run.
+    def __call__(self) -> dict[str, Any]:
+        """The whole run: the record, in the main process; in others it is empty.
 
         Raises:
             ValueError: a real image or a scheduler is at fault; one line.
@@ -77,8 +87,7 @@ class Evaluation:
         real = share(self.accelerator, self._real_tasks(), "real images")
         made = share(self.accelerator, list(self._made_tasks()), "images")
         self.accelerator.wait_for_everyone()
-        if self.main:
-            self._write(real, made)
+        return self._written(real, made) if self.main else {}
 
     # --- features: by every process ----------------------------------------------------------------------------------
 
@@ -116,7 +125,7 @@ class Evaluation:
 
     # --- metrics: by the main process --------------------------------------------------------------------------------
 
-    def _write(self, real: Sequence[Path], made: Sequence[Path]) -> None:
+    def _written(self, real: Sequence[Path], made: Sequence[Path]) -> dict[str, Any]:
         statistics, config, count = self._statistics(real), self.config, len(self.generation.shards)
         metrics = bound(statistics, config.num_images)
         results = []
@@ -142,8 +151,7 @@ class Evaluation:
         if self.clip:
             record |= {"clip": self.clip.name, "clip_sha256": self.clip.sha256}
         write_text(self.folder / RESULTS, json.dumps(record, indent=1, allow_nan=False) + "\n")
-        print(table(record))
-        print(f"written to {self.folder}: {RESULTS}" + (f", {STATISTICS}" if real else ""))
+        return record
 
     def _statistics(self, files: Sequence[Path]) -> Statistics:
         """Of the real images; written, unless they were given."""
@@ -163,7 +171,11 @@ def evaluate(config: EvaluateConfig) -> None:
     """
     message = f"the same command goes on from what {config.output_dir} holds"
     with launched(lambda: message, LONG_WAIT) as accelerator:
-        Evaluation(config, accelerator)()
+        evaluation = Evaluation(config, accelerator)
+        if record := evaluation():
+            print(table(record))
+            also = "" if isinstance(evaluation.real, Statistics) else f", {STATISTICS}"
+            print(f"written to {config.output_dir}: {RESULTS}{also}")
 
 
 def gathered(files: Sequence[Path]) -> tuple[dict[str, Tensor], dict[str, float]]:

@@ -9,16 +9,17 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from ..console import one_line, say, told_end
+from ..pipeline.memory import is_out_of_memory
+from ..pipeline.model import Model
 from ..settings import EvaluateConfig
 from ..storage import Kept, kept
 from ..teacher.ends import model_itself
 from .baselines import Run
-from .lineup import Lineup, batches
+from .lineup import Lineup, Solvers, batches
 
 SPLIT = "evaluate"  # neither searches nor comparisons draw this noise
 ITSELF = "reference"  # name of the model's own run, in many steps
@@ -29,6 +30,7 @@ class Generation:
 
     Args:
         folder: for the shards.
+        model, solvers: as a `Lineup` takes them.
 
     Attributes:
         runs: searched solvers, each stock scheduler in one spacing, and the model itself.
@@ -38,9 +40,16 @@ class Generation:
         ValueError: the model, a solver, a scheduler or the comparison is at fault.
     """
 
-    def __init__(self, config: EvaluateConfig, folder: Path, accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        config: EvaluateConfig,
+        folder: Path,
+        accelerator: Accelerator,
+        model: Model | None = None,
+        solvers: Solvers | None = None,
+    ) -> None:
         self.config, self.folder = config, folder
-        self.lineup = Lineup(config, SPLIT, accelerator)
+        self.lineup = Lineup(config, SPLIT, accelerator, model=model, solvers=solvers)
         self.sampler, self.talks = self.lineup.sampler, accelerator.is_main_process
         best = best_spacings(config.comparison)
         self.runs = [run for nfe in config.nfe for run in self._chosen(nfe, best)]
@@ -81,9 +90,9 @@ class Generation:
     def _sampled(self, run: Run, indices: range) -> Kept:
         try:
             made = self.lineup.sample(run.scheduler, run.steps, indices, **run.call)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # a scheduler of diffusers in a pipeline that is not made for it
+            if is_out_of_memory(error):
+                raise
             raise ValueError(f"{run.name} ({run.spacing}) fails at {run.nfe} calls: {one_line(error)}") from error
         if len(made.images) != len(indices) or made.images.ndim != 4:
             name, shape = type(self.sampler.pipe).__name__, tuple(made.images.shape)

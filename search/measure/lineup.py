@@ -25,11 +25,9 @@ from tqdm.auto import tqdm
 
 from diffusers_dssolver import DSSolverScheduler
 
-from ..console import say
-from ..pipeline.loading import load_pipeline
-from ..pipeline.prompts import prompts_of
+from ..console import warn
+from ..pipeline.model import Model, fitted, searched_guidance, section
 from ..pipeline.recorder import Recorder
-from ..pipeline.sampler import Sampler
 from ..settings import CompareConfig, EvaluateConfig
 from ..storage import Kept, kept
 from ..teacher.ends import model_itself
@@ -38,6 +36,7 @@ from .pictures import as_uint8
 
 LONG_WAIT = InitProcessGroupKwargs(timeout=timedelta(days=1))  # for the slowest process; the default is minutes
 VERSIONS = {"diffusers": diffusers.__version__, "torch": torch.__version__}
+Solvers = Mapping[str, str | DSSolverScheduler]
 Task = tuple[Path, Callable[[], Kept]]  # a file, and how its contents are made
 
 
@@ -66,6 +65,8 @@ class Lineup:
         split: of the noise.
         converged_end: `teacher_end` of the converged runs; a solver searched with another one is named. None: there
             are no converged runs.
+        model: the pipeline; None: the one that the settings name is loaded.
+        solvers: searched solvers by name, schedulers or their sources; None: those that the settings name.
 
     Attributes:
         model_config: configuration of the model's own scheduler.
@@ -81,33 +82,35 @@ class Lineup:
         split: str,
         accelerator: Accelerator,
         converged_end: float | None = None,
+        model: Model | None = None,
+        solvers: Solvers | None = None,
     ) -> None:
         self.split, self.talks = split, accelerator.is_main_process
         self._single_call: float | None = None
-        device = accelerator.device
-        pipe = load_pipeline(config.pretrained_model_name_or_path, config.dtype, device, config.revision)
-        self.model_config = pipe.scheduler.config
-        self.sampler = Sampler(pipe, config.call_arguments, prompts_of(config), config.seed)
-        self.searched = {solver_name(s): self._searched(s, converged_end) for s in config.solver}
+        model = model or Model.loaded(config, accelerator.device)
+        self.sampler = model.sampler(config)
+        self.model_config = model.pipe.scheduler.config
+        if solvers is None:
+            solvers = {solver_name(source): source for source in config.solver}
+        self.searched = {name: self._searched(name, solver, converged_end) for name, solver in solvers.items()}
         self.stock = family(self.model_config, config.schedulers)
 
-    def _searched(self, source: str, converged_end: float | None) -> Any:
+    def _searched(self, name: str, solver: str | DSSolverScheduler, converged_end: float | None) -> Any:
         """A searched solver, for the guidance of these runs."""
-        scheduler = DSSolverScheduler.from_config(self.model_config, solvers=source)
-        default = getattr(self.sampler.accepted.get("guidance_scale"), "default", None)
-        guidance = self.sampler.call.get("guidance_scale", default)
+        scheduler, guidance = fitted(self.model_config, solver), self.sampler.guidance_scale
+        name = solver if isinstance(solver, str) else name
         if scheduler.config.guidance_solvers and isinstance(guidance, (int, float)):
             return DSSolverScheduler.from_config(scheduler.config, guidance_scale=float(guidance))
-        if (told := _section(scheduler, "call").get("guidance_scale", guidance)) != guidance:
-            self._say(f"{source} was searched at guidance scale {told}, this run is at {guidance}")
-        teacher = _section(scheduler, "teacher")
+        if (told := searched_guidance(scheduler, guidance)) != guidance:
+            self._warn(f"{name} was searched at guidance scale {told}, this run is at {guidance}")
+        teacher = section(scheduler, "teacher")
         if teacher and converged_end is not None and (end := teacher.get("end", 0.0)) != converged_end:
-            self._say(f"{source} was searched with teacher_end {end}, this reference_end is {converged_end}")
+            self._warn(f"{name} was searched with teacher_end {end}, this reference_end is {converged_end}")
         return scheduler
 
-    def _say(self, line: str) -> None:
+    def _warn(self, line: str) -> None:
         if self.talks:
-            say(line)
+            warn(line)
 
     # --- runs --------------------------------------------------------------------------------------------------------
 
@@ -178,10 +181,3 @@ def batches(count: int, size: int) -> list[range]:
 def solver_name(source: str) -> str:
     """Name of a solver in tables: that of its folder, or its repository."""
     return Path(source).resolve().name if Path(source).is_dir() else source
-
-
-def _section(scheduler: DSSolverScheduler, name: str) -> Mapping[str, Any]:
-    """Part of a solver's provenance; empty if the file holds something else there."""
-    provenance = scheduler.config.provenance
-    section = provenance.get(name) if isinstance(provenance, dict) else None
-    return section if isinstance(section, dict) else {}

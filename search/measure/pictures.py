@@ -6,7 +6,9 @@ wide, the width of a card at 800 pixels.
 
 from __future__ import annotations
 
+import base64
 import functools
+import html
 import io
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,10 +33,11 @@ STYLE = {
     "svg.hashsalt": "dssolver",
 }  # fmt: skip
 WIDTH = 8.0  # inches
+SMALLEST = 96  # pixels of a row of pictures in a notebook
 Drawing = Callable[[bool], Figure]  # of whether the page is dark
 
 
-def comparison_picture(results: Sequence[Result], config: CompareConfig, converged: Sequence[Any], file: Path) -> None:
+def comparison_picture(results: Sequence[Result], config: CompareConfig, converged: Sequence[Any], file: Any) -> None:
     """A grid of the same samples: converged runs in the first row, then a row per scheduler; a column per NFE."""
     names = list(dict.fromkeys(r.scheduler for r in results))
     by = {(r.scheduler, r.nfe): r for r in results}
@@ -127,6 +130,23 @@ def strip(pictures: Sequence[np.ndarray]) -> np.ndarray:
     images = [p[len(p) // 2] if p.ndim == 4 else p for p in pictures]
     whole = np.concatenate(images, axis=1)
     return np.broadcast_to(whole, (*whole.shape[:2], 3))
+
+
+def row(pictures: Sequence[np.ndarray]) -> Image.Image:
+    """Pictures side by side; small ones are enlarged by whole factors."""
+    image = Image.fromarray(np.ascontiguousarray(strip(pictures)))
+    return image.resize([side * max(-(-SMALLEST // image.height), 1) for side in image.size], Image.Resampling.NEAREST)
+
+
+def as_html(text: str, image: Image.Image | None = None) -> str:
+    """A text in columns, and a picture under it, for a notebook."""
+    shown = f'<pre style="white-space: pre; overflow-x: auto">{html.escape(text.strip())}</pre>'
+    if image is None:
+        return shown
+    file = io.BytesIO()
+    image.save(file, format="png", optimize=True)
+    data = base64.b64encode(file.getvalue()).decode()
+    return f'{shown}\n<img style="max-width: 100%" src="data:image/png;base64,{data}">'
 
 
 def as_uint8(picture: Any) -> Tensor:

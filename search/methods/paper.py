@@ -18,7 +18,9 @@ from lion_pytorch import Lion
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..console import say
+from diffusers_dssolver.paths import as_float64
+
+from ..console import warn
 from ..pipeline.plan import Plan
 from ..processes import from_main, reduced
 from ..settings import SearchConfig
@@ -168,7 +170,7 @@ class Loop:
         if not math.isfinite(progress.best):
             raise ValueError(f"{self.name}: no update gave a finite held-out error; choose a smaller learning_rate")
         if progress.done < self.iterations and main:
-            say(f"{self.name}: ended after {MAX_ROLLBACKS} roll-backs without progress; the best is kept")
+            warn(f"{self.name}: ended after {MAX_ROLLBACKS} roll-backs without progress; the best is kept")
         self._restore(self.best)
         return progress.best
 
@@ -190,7 +192,7 @@ class Loop:
             self._restore(self.best)
             if self.accelerator.is_main_process:
                 told = f"{self.name}, update {progress.done}: {fault}"
-                say(f"{told}; rolled back to the best ({progress.rollbacks})")
+                warn(f"{told}; rolled back to the best ({progress.rollbacks})")
         if fault or error is not None:
             facts = {"iteration": progress.done, "loss": loss, "validation_mse": error}
             facts |= {"best_validation_mse": progress.best} | ({"rolled_back": fault} if fault else {})
@@ -207,7 +209,7 @@ class Loop:
         loss.backward()
         moved = [p for p in self.parameters.parameters() if p.grad is not None]
         parts = [loss.detach().reshape(1), *(p.grad.flatten() for p in moved if p.grad is not None)]
-        summed = reduced(self.accelerator, torch.cat([part.double() for part in parts]))
+        summed = reduced(self.accelerator, torch.cat([as_float64(part) for part in parts]))
         total, *gradients = summed.split([len(part) for part in parts])
         if not all(g.isfinite().all() for g in gradients):
             return math.nan if math.isfinite(total) else float(total)
@@ -262,7 +264,7 @@ class Loop:
                 plain[which][rest] = [t.flatten().tolist(), list(t.shape), str(t.dtype).removeprefix("torch.")]
             return plain
         except (Damaged, KeyError) as error:
-            say(f"{self.checkpoint} is damaged and left out: {error}; this fit starts over")
+            warn(f"{self.checkpoint} is damaged and left out: {error}; this fit starts over")
             return None
 
 

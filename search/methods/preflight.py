@@ -9,6 +9,7 @@ takes its time out of the graph. No list of pipelines: whatever runs is measured
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
+from diffusers_dssolver.paths import as_float64
+
 from ..console import one_line
+from ..pipeline.memory import is_out_of_memory
 from ..pipeline.plan import Plan, nodes_from_logits
 from ..pipeline.student import Student, Trajectory
 from ..settings import GROUPS
@@ -62,6 +66,7 @@ class Preflight:
         state_bytes: of one sample and step of a run with gradients whose denoiser is recomputed.
         verdict: "full", "coefficients" (nodes and times stay fixed) or "forward_only" (closed form needs no more).
         reason: why not "full"; empty there.
+        evaluations_per_second: of few samples; more that run together are faster.
     """
 
     pipeline: str
@@ -74,6 +79,7 @@ class Preflight:
     state_bytes: int
     verdict: str
     reason: str
+    evaluations_per_second: float = 0.0
 
     @property
     def differentiable(self) -> tuple[str, ...]:
@@ -162,7 +168,7 @@ class _Trial:
 
     def run(self, plan: Plan, **options: Any) -> Trajectory:
         made = self.student.run(plan, range(self.samples), SPLIT, **options)
-        self.dtype, self.size = made.final.dtype, float(made.final.detach().double().square().mean().sqrt())
+        self.dtype, self.size = made.final.dtype, float(as_float64(made.final).square().mean().sqrt())
         return made
 
     def final(self, group: str = "", amount: float | Tensor = 0.0) -> Tensor:
@@ -178,7 +184,9 @@ class _Trial:
             raise ValueError(
                 f"{self.student.name} gives values that are not finite; try it with another dtype or guidance"
             )
-        change = (self._refusing() - first).double().norm() / first.double().norm()
+        began = time.perf_counter()
+        change = as_float64(self._refusing() - first).norm() / as_float64(first).norm()
+        seconds = max(time.perf_counter() - began, 1e-9)
         if change > REPEATED:
             raise ValueError(
                 f"{self.student.name} gives another result each time (relative change {change:.2g}): it draws noise "
@@ -196,6 +204,7 @@ class _Trial:
             "calls_per_step": per_step,
             "guidance": _guidance(per_step, evaluations),
             "evaluations_per_sample": evaluations,
+            "evaluations_per_second": evaluations * self.samples * self.nfe / seconds,
             "weight_bytes": sum(weights.values()),
             "activation_bytes": 0,
             "state_bytes": 0,
@@ -205,7 +214,8 @@ class _Trial:
         try:
             return self.final()
         except Exception as error:  # whatever a pipeline raises
-            if isinstance(error, ValueError) and self.student.name in str(error):
+            named = isinstance(error, ValueError) and self.student.name in str(error)
+            if named or is_out_of_memory(error):
                 raise
             raise ValueError(f"{self.student.name} cannot be run: {one_line(error)}") from error
 
@@ -243,7 +253,7 @@ class _Trial:
 
     def _differences(self, group: str) -> list[Tensor]:
         sizes = self._precision().sizes
-        return [(self.final(group, h).double() - self.final(group, -h).double()) / (2 * h) for h in sizes]
+        return [(as_float64(self.final(group, h)) - as_float64(self.final(group, -h))) / (2 * h) for h in sizes]
 
     def _slope(self, group: str, w: Tensor) -> float:
         """<w, dx/d amount> by autograd."""
@@ -251,7 +261,7 @@ class _Trial:
         final = self.final(group, amount)
         if not final.requires_grad:
             return 0.0
-        (slope,) = torch.autograd.grad((final.double() * w).sum(), amount, allow_unused=True)
+        (slope,) = torch.autograd.grad((final.cpu().double() * w).sum(), amount, allow_unused=True)
         return 0.0 if slope is None else slope.item()
 
     def bytes(self) -> dict[str, int]:

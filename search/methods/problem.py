@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from diffusers_dssolver.paths import as_float64
 from diffusers_dssolver.solver import SolverSpec
 
 from ..pipeline.plan import Plan
@@ -137,6 +138,12 @@ class Problem:
         """The samples that compare step warps."""
         return self.train.part(0, self.num_trial_samples)
 
+    def run_together(self, batch_size: int) -> None:
+        """Run so many samples together from here on."""
+        if batch_size != self.batch_size:
+            self.batch_size = batch_size
+            self._first_calls.clear()
+
     def batches(self, samples: Samples, plan: Plan | None = None, keep: bool = False) -> Iterator[Batch]:
         """Samples that run together.
 
@@ -171,6 +178,6 @@ class Problem:
 
     def mean_square(self, errors: Tensor) -> float:
         """Over every process's samples."""
-        count = torch.tensor(errors.numel(), dtype=torch.float64, device=errors.device)
-        total = self.reduce(torch.stack([errors.double().square().sum(), count]))
+        squares = as_float64(errors).square()
+        total = self.reduce(torch.stack([squares.sum(), torch.tensor(squares.numel()).double()]))
         return float(total[0] / total[1])

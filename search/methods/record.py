@@ -22,7 +22,8 @@ from typing import Any
 from diffusers_dssolver import DSSolverScheduler
 from diffusers_dssolver.card import without_paths
 
-from ..console import say
+from ..console import say, warn
+from ..images.networks import described
 from ..processes import from_main
 from ..storage import Damaged, read_record, remove_partial_files, write_record, write_text
 from .fill import SOLVER_KEYS, Entry, solver_of
@@ -65,6 +66,9 @@ class Record:
 
     def _found(self) -> dict[str, Any]:
         """The state of a killed run of this very search, or a new one; or an `error`."""
+        new: dict[str, Any] = {"key": self.setup.key, "network_evaluations": 0, "solvers": {}}
+        if self.folder is None:
+            return new
         files = [file for file in (self.folder / STATE, self.folder / PREVIOUS) if file.exists()]
         if files and self.setup.settings.resume_from_checkpoint == "none":
             return {"error": f"{self.folder} holds a search; choose another --output_dir, or go on with latest"}
@@ -72,7 +76,7 @@ class Record:
             try:
                 state = read_record(file)
             except Damaged as error:
-                say(f"{file} is damaged and left out: {error}")
+                warn(f"{file} is damaged and left out: {error}")
                 continue
             if state.get("key") != self.setup.key:
                 other = f"{self.folder} holds another search (other model or settings)"
@@ -81,16 +85,15 @@ class Record:
                 say(f"going on in {self.folder}: solvers for {', '.join(state['solvers'])} calls are there")
             return state
         if files:
-            say(f"no state of {self.folder} could be read; the search starts over from its references")
+            warn(f"no state of {self.folder} could be read; the search starts over from its references")
         elif (self.folder / SCHEDULER).exists():
             other = f"{self.folder} holds a solver that this search did not make"
             return {"error": f"{other}; choose another --output_dir"}
         (self.folder / "cache").mkdir(parents=True, exist_ok=True)
         for folder in (self.folder, self.folder / "cache"):
             remove_partial_files(folder)
-        state = {"key": self.setup.key, "network_evaluations": 0, "solvers": {}}
-        self._write_state(state)
-        return state
+        self._write_state(new)
+        return new
 
     def entries(self, kind: str) -> dict[int, Entry]:
         """By step count, those that were searched, or filled."""
@@ -99,7 +102,9 @@ class Record:
     def keep_teacher(self, facts: dict[str, Any]) -> None:
         """Add how far the teacher is from converged."""
         self.state["teacher"] = facts
-        self.log.write(teacher=facts, network_evaluations=self.log.evaluations())
+        total = self.log.evaluations()
+        self.log.write(teacher=facts, network_evaluations=total)
+        self.log.tell({"stage": "teacher", **facts, "network_evaluations": total})
         if self.setup.main:
             self._write_state(self.state)
 
@@ -113,15 +118,18 @@ class Record:
         told = {k: v for k, v in entry.items() if k not in SOLVER_KEYS}
         self.log.write(nfe=nfe, **told, total_network_evaluations=total)
         self.write()
+        reached = {"stage": kind, "validation_mse": entry["validation_mse"], "network_evaluations": total}
+        self.log.tell({"nfe": nfe, **reached})
 
     def write(self) -> None:
         """Write the result and the state; what the journal holds is then in them."""
-        if self.setup.main:
-            write_text(self.folder / SCHEDULER, self._scheduler().to_json_string())
+        if self.folder and self.setup.main:
+            write_text(self.folder / SCHEDULER, self.scheduler().to_json_string())
             self._write_state(self.state)
         self.log.journal.clear()
 
-    def _scheduler(self) -> DSSolverScheduler:
+    def scheduler(self) -> DSSolverScheduler:
+        """The result."""
         config = self.setup.sampler.pipe.scheduler.config
         return DSSolverScheduler.from_config(
             {k: v for k, v in config.items() if k not in OWN_KEYS},
@@ -131,17 +139,22 @@ class Record:
         )
 
     def _write_state(self, state: dict[str, Any]) -> None:
+        if self.folder is None:
+            return
         with suppress(FileNotFoundError):
             os.replace(self.folder / STATE, self.folder / PREVIOUS)
         write_record(self.folder / STATE, state)
 
     def is_whole(self) -> bool:
         """Whether the result is there and can be read, in the main process's eyes."""
+        if self.folder is None:
+            return True
         return from_main(self.setup.accelerator, _is_json(self.folder / SCHEDULER))
 
     def provenance(self) -> dict[str, Any]:
         """Where the solvers come from, as the result tells it."""
         settings, pipe = self.setup.settings, self.setup.sampler.pipe
+        guidance = self.setup.sampler.guidance_scale
         model = settings.pretrained_model_name_or_path
         train = settings.num_generated_samples if settings.method == "paper" else settings.num_train_samples
         return {
@@ -150,7 +163,8 @@ class Record:
             "model": Path(model).name if Path(model).exists() else model,
             "revision": settings.revision,
             "pipeline": type(pipe).__name__,
-            "call": settings.call_arguments,
+            "call": settings.call_arguments | {k: described(v) for k, v in self.setup.model.call.items()},
+            **({} if guidance is None else {"guidance_scale": guidance}),
             "dtype": str(pipe.dtype).removeprefix("torch."),
             "teacher": {**self.setup.teacher.facts(), "estimated_mse": self.state["teacher"]["estimated_mse"]},
             "samples": {"train": train, "validation": settings.num_validation_samples},
@@ -181,7 +195,9 @@ class Record:
                 for s in e.get("stages", [])
             ]
         total = f"{self.state['network_evaluations']:,} network evaluations, teacher included"
-        return "\n".join([*lines, f"held-out final-state mse; {total}", f"solver written to {self.folder}"])
+        lines += [f"held-out final-state mse; {total}"]
+        lines += [self.setup.told_budget()] if self.setup.left_out else []
+        return "\n".join([*lines, f"solver written to {self.folder}"] if self.folder else lines)
 
 
 def how_to_go_on(folder: Path) -> str:

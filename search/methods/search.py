@@ -13,9 +13,10 @@ from tqdm.auto import tqdm
 
 from ..processes import from_main, launched
 from ..settings import SearchConfig
-from ..teacher.convergence import Convergence, convergence
+from ..teacher.convergence import CONVERGENCE_SAMPLES, Convergence, convergence
+from .budget import fit_cost, search_cost
 from .closed_form import closed_form
-from .fill import classical, entry_of, fill
+from .fill import Entry, classical, entry_of, fill
 from .gradient import gradient
 from .log import Log
 from .paper import paper
@@ -30,7 +31,7 @@ SEARCHED, FILLED = "searched", "filled"  # kinds of entries
 
 
 def search(settings: SearchConfig) -> Record:
-    """The command.
+    """The command: the pipeline that the settings name is loaded and searched.
 
     Raises:
         ValueError: a setting, the model or the folder is at fault; one line.
@@ -44,40 +45,68 @@ def search(settings: SearchConfig) -> Record:
 
 
 def run(settings: SearchConfig, accelerator: Accelerator) -> Record:
-    """The search, in every process alike; what it found stands in the record and its folder."""
-    setup = Setup(settings, accelerator)
-    record = Record(setup)
-    missing = sorted(set(settings.nfe) - set(record.entries(SEARCHED)))
-    if missing:
-        _try_out(setup)
-    _settle_teacher(setup, record)
-    problem, method = setup.problem(), METHODS[settings.method]
-    if problem.perceptual and missing:
-        for samples in (problem.train, problem.validation):
-            batches = -(-len(samples) // settings.batch_size)
-            with record.log.progress(f"teacher's images, {samples.split}", "batch", batches) as advance:
-                problem.perceptual.remember(problem, samples, advance)
-    for nfe in missing:
-        _find(problem, record, nfe, SEARCHED, lambda n: method(problem, n, settings, record.log))
-    if settings.method != "paper" and settings.fill_nfe:
-        first, last = settings.fill_nfe
-        others = [n for n in range(first, last + 1) if str(n) not in record.state["solvers"]]
-        searched = record.entries(SEARCHED)
-        for nfe in tqdm(others, desc="filling other step counts", disable=not setup.main):
-            _find(problem, record, nfe, FILLED, lambda n: fill(problem, n, settings, searched, record.log))
-    if not record.is_whole():  # somebody took or spoiled it
-        record.write()
-    record.log.journal.clear()  # of what was killed between the state and this
+    """The search of a pipeline that is loaded for it, in every process alike."""
+    record = Record(Setup(settings, accelerator))
+    carry_out(record)
     return record
 
 
-def _try_out(setup: Setup) -> None:
-    """Run the pipeline on a few samples before anything is spent on it; not counted."""
-    found = preflight(setup.student, gradients=setup.settings.method != "closed_form")
+def carry_out(record: Record) -> None:
+    """The search, in every process alike; what it found stands in the record and its folder."""
+    setup, log = record.setup, record.log
+    missing = sorted(set(setup.settings.nfe) - set(record.entries(SEARCHED)))
+    if missing:
+        _try_out(setup, record)
+    elif setup.budget.text:
+        setup.shrink(1, record.state.get("shrunk", {}))
+    setup.fitting(lambda: _settle_teacher(setup, record), CONVERGENCE_SAMPLES)
+    problem, settings = setup.problem(), setup.settings
+    method = METHODS[settings.method]
+    if problem.perceptual and missing:
+        for samples in (problem.train, problem.validation):
+            batches = -(-len(samples) // setup.batch_size)
+            with log.progress(f"teacher's images, {samples.split}", "batch", batches) as advance:
+                problem.perceptual.remember(problem, samples, advance)
+    for place, nfe in enumerate(missing):
+        if place and not setup.affords(search_cost(settings, nfe, record.state.get("per_call", 1))):
+            setup.left_out.append(f"{', '.join(map(str, missing[place:]))} calls")
+            break
+        _find(problem, record, nfe, SEARCHED, lambda n: method(problem, n, settings, log))
+    if settings.method != "paper" and settings.fill_nfe:
+        _fill(problem, record)
+    if not record.is_whole():  # somebody took or spoiled it
+        record.write()
+    log.journal.clear()  # of what was killed between the state and this
+    if setup.left_out:
+        setup.warn(setup.told_budget())
+
+
+def _fill(problem: Problem, record: Record) -> None:
+    """Find solvers for the step counts that were not searched."""
+    setup, settings = record.setup, record.setup.settings
+    first, last = settings.fill_nfe
+    others = [n for n in range(first, last + 1) if str(n) not in record.state["solvers"]]
+    searched = record.entries(SEARCHED)
+    for place, nfe in enumerate(tqdm(others, desc="filling other step counts", disable=not setup.shows)):
+        if not setup.affords(fit_cost(settings, nfe, record.state.get("per_call", 1))):
+            setup.left_out.append(f"tables for {len(others) - place} other step counts")
+            break
+        _find(problem, record, nfe, FILLED, lambda n: fill(problem, n, settings, searched, record.log))
+
+
+def _try_out(setup: Setup, record: Record) -> None:
+    """Run the pipeline on a few samples before anything is spent on it; not counted. Then the settings shrink to the
+    budget."""
+    gradients = setup.settings.method != "closed_form"
+    found = setup.fitting(lambda: preflight(setup.student, samples=min(2, setup.batch_size), gradients=gradients), 2)
     setup.say(str(found))
     setup.note(found)
     if setup.perceptual:
         setup.say(setup.perceptual.check())
+    if setup.budget.text:
+        record.state["per_call"] = found.evaluations_per_sample
+        setup.budget.speed = found.evaluations_per_second
+        record.state["shrunk"] = setup.shrink(found.evaluations_per_sample, record.state.get("shrunk"))
 
 
 def _settle_teacher(setup: Setup, record: Record) -> None:
@@ -86,7 +115,7 @@ def _settle_teacher(setup: Setup, record: Record) -> None:
     settings, sampler, most = setup.settings, setup.sampler, max(setup.settings.nfe)
     if "teacher" not in record.state:
         before = sampler.network_evaluations
-        found = convergence(setup.student, setup.teacher, settings.teacher_tolerance, most, settings.batch_size)
+        found = convergence(setup.student, setup.teacher, settings.teacher_tolerance, most, setup.batch_size)
         spent = sampler.network_evaluations - before
         if not setup.main:
             sampler.network_evaluations = before
@@ -105,10 +134,16 @@ def _find(
     problem: Problem, record: Record, nfe: int, kind: str, make: Callable[[int], Candidate | dict[str, Any]]
 ) -> None:
     """Find one solver, compare it with the classical ones, and keep it."""
-    record.log.begin()
     before, began = record.log.evaluations(), time.time()
-    found = make(nfe)
-    entry = entry_of(found) if isinstance(found, Candidate) else found
-    if "classical_mse" not in entry:
-        entry["classical_mse"] = classical(problem, nfe)["validation_mse"]
+
+    def work() -> Entry:
+        record.log.begin()
+        problem.run_together(record.setup.batch_size)
+        found = make(nfe)
+        entry = entry_of(found) if isinstance(found, Candidate) else found
+        if "classical_mse" not in entry:
+            entry["classical_mse"] = classical(problem, nfe)["validation_mse"]
+        return entry
+
+    entry = record.setup.fitting(work)
     record.keep(nfe, entry, kind, time.time() - began, before)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from diffusers_dssolver import pipelines
 from ..console import one_line
 
 DENOISER_NAMES = ("transformer", "unet", "prior", "dit")
+MODES = ("training", "gradient_checkpointing", "_gradient_checkpointing_func")  # attributes of a module
+ABSENT = object()
 SAVED_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float32"}  # in safetensors: to run in
 
 
@@ -54,5 +58,42 @@ def freeze(pipe: Any) -> Any:
     for module in pipe.components.values():
         if isinstance(module, nn.Module):
             module.requires_grad_(False).eval()
-    pipe.set_progress_bar_config(disable=True)
+    for bar in _bars(pipe):
+        bar.set_progress_bar_config(disable=True)
     return pipe
+
+
+@contextmanager
+def borrowed(pipe: Any) -> Iterator[Any]:
+    """A pipeline in somebody's hands, frozen. However the block ends, scheduler, training modes, gradients and progress
+    bars are put back, and networks that are offloaded between calls are so again."""
+    networks = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    changed = [(module, name) for network in networks for module in network.modules() for name in MODES]
+    changed += [(bar, "_progress_bar_config") for bar in _bars(pipe)] + [(pipe, "scheduler"), (pipe, "guider")]
+    before = [vars(holder).get(name, ABSENT) for holder, name in changed]
+    live = [p for network in networks for p in network.parameters() if p.requires_grad]
+    try:
+        yield freeze(pipe)
+    finally:
+        for (holder, name), value in zip(changed, before, strict=True):
+            if vars(holder).get(name, ABSENT) is not value:
+                delattr(holder, name) if value is ABSENT else setattr(holder, name, value)
+        for parameter in live:
+            parameter.requires_grad_(True)
+        offload(pipe)
+
+
+def offload(pipe: Any) -> None:
+    """Send networks away that `enable_model_cpu_offload` would have sent away, had the last call gone to its end."""
+    for hook in getattr(pipe, "_all_hooks", []):
+        hook.offload()
+
+
+def _bars(pipe: Any) -> list[Any]:
+    """What has a progress bar: a pipeline, and loops of a modular one."""
+    found, blocks = [pipe], [getattr(pipe, "_blocks", None)]
+    while blocks:
+        block = blocks.pop()
+        found += [block] if hasattr(block, "set_progress_bar_config") else []
+        blocks += getattr(block, "sub_blocks", {}).values()
+    return found

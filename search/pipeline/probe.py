@@ -32,8 +32,8 @@ Watcher = Callable[[list[Scalar], Tensor, Tensor], object]
 BEFORE = -1  # in the place of a step's index: before the first network call
 
 
-class RunFinished(Exception):
-    """Private: nothing after this step is wanted."""
+class RunFinished(BaseException):
+    """Private: nothing after this step is wanted. No Exception, which modular pipelines report as an error."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,10 @@ class ProbeScheduler(DSSolverScheduler):
         super().set_timesteps(num_inference_steps, device, timesteps, sigmas, mu)
         plan = self.request.plan
         if self.num_inference_steps != plan.nfe:
-            raise ValueError(f"the pipeline asks for {self.num_inference_steps} steps, the search for {plan.nfe}")
+            raise ValueError(
+                f"the pipeline takes {self.num_inference_steps} steps where {plan.nfe} are asked for; a distilled "
+                "(Turbo) model with fixed noise levels has no solver to be searched"
+            )
         if self.request.live:
             torch.set_grad_enabled(True)
         self.solver, self._float32_state = plan.on(self._path, self.resolution_shift), None

@@ -16,6 +16,7 @@ from ..console import one_line
 from ..settings import ModelConfig
 from ..storage import DATA_FILES
 from .copies import restored, stored, stored_bytes
+from .loading import offload
 
 PROMPT = re.compile(r"(negative_)?prompt(_\d+)?")
 MEMO_BYTES = 2**31  # of prompt embeddings held on the CPU
@@ -54,6 +55,7 @@ class PromptMemo:
                 except TypeError:
                     return encode(*args, **kwargs)
                 if key not in self._kept:
+                    offload(self.pipe)  # the last call ended early: its denoiser may still lie on the device
                     self._keep(key, encode(*args, **kwargs))
                 return self._copy(key)
 

@@ -154,6 +154,9 @@ class Student:
                 output = sampler(indices, split, plan.nfe)
             except RunFinished:
                 ended = True
+                for network in networks:
+                    if getattr(network, "is_cache_enabled", False):
+                        network._reset_stateful_cache()  # as pipelines do at the end of their call
             if not ended and sampler.pipe.scheduler is not scheduler:
                 other = type(sampler.pipe.scheduler).__name__
                 raise ValueError(

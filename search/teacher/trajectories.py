@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from diffusers_dssolver.solver import MAX_NFE
 
-from ..console import say, told_end
+from ..console import told_end, warn
 from ..pipeline.plan import Plan
 from ..pipeline.student import Student
 from ..storage import Damaged, read_tensors, write_tensors
@@ -176,7 +176,7 @@ def _stored(file: Path | None) -> Sample | None:
         tensors, metadata = read_tensors(file)
         return tensors["angles"], tensors["states"], float(metadata["network_evaluations"])
     except Damaged as error:
-        say(f"{file} is damaged and left out: {error}; its trajectory is made anew")
+        warn(f"{file} is damaged and left out: {error}; its trajectory is made anew")
         return None
 
 

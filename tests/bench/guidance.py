@@ -48,7 +48,7 @@ def measured(family: str, folder: Path) -> dict[str, dict[str, float]]:
             nfe=[NFE], guidance_scale=scale, num_samples=SAMPLES, reference_steps=REFERENCE_STEPS,
             solver=[str(folder / name) for name in solvers], schedulers=["unipc", "dpmpp_2m"],
         )  # fmt: skip
-        results = Comparison(config).run()[0]
+        results = Comparison(config).run().results
         for result in results:
             if result.searched:
                 found[solvers[result.scheduler]][f"{scale:g}"] = result.mse

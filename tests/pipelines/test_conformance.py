@@ -1,4 +1,4 @@
-"""`DSSolverScheduler` in every pipeline of `pipeline_zoo.py`: one function per check, one case per pipeline and solver.
+"""`DSSolverScheduler` in every pipeline of the zoo: one function per check, one case per pipeline and solver.
 
 `python -m tests.pipelines.conformance` runs all of it and writes the table of outcomes.
 """
@@ -18,7 +18,7 @@ from diffusers import (
 
 from diffusers_dssolver import DSSolverScheduler
 from diffusers_dssolver.config import is_flow
-from tests.pipelines.zoo import ZOO, Entry, absent, generators, network_of
+from tests.pipelines.zoo import ZOO, Entry, absent, generators, networks_of
 
 COVERING = ("DiT", "Stable Diffusion", "SDXL", "Stable Diffusion 3", "FLUX", "Wan")  # these also in the short run
 STEPS, OTHER_STEPS, IMAGE_STEPS = 4, 7, 10  # the published solvers have tables for the last two
@@ -30,13 +30,18 @@ class Stop(Exception):
 
 
 def cases(keep=lambda entry: True, kinds=("classical", "table"), slow=False):
-    """A test parameter per pipeline and kind of solver; with `slow`, only the covering ones are in the short run."""
+    """A test parameter per pipeline and kind of solver.
+
+    The short run has both kinds on the covering pipelines; on the others one, a table where there is one, or with
+    `slow` none.
+    """
     parameters = []
     for entry in filter(keep, ZOO.values()):
-        marks = [pytest.mark.slow] if slow and entry.name not in COVERING else []
-        for solvers in [s for kind, s in (("classical", "classical"), ("table", entry.table)) if kind in kinds and s]:
+        tried = [s for kind, s in (("table", entry.table), ("classical", "classical")) if kind in kinds and s]
+        for solvers in tried:
+            short = entry.name in COVERING or (not slow and solvers == tried[0])
             label = f"{entry.name}-{solvers}".replace(" ", "_")
-            parameters.append(pytest.param(entry, solvers, marks=marks, id=label))
+            parameters.append(pytest.param(entry, solvers, marks=[] if short else [pytest.mark.slow], id=label))
     return pytest.mark.parametrize(("entry", "solvers"), parameters)
 
 
@@ -53,6 +58,7 @@ def draw(entry: Entry, pipe: DiffusionPipeline, steps=STEPS, samples=(0,), decod
     output_type = "np" if decoded else entry.raw
     strength = {"strength": 0.8} if entry.strength else {}
     arguments = entry.arguments(pipe, samples) | strength | others
+    torch.manual_seed(0)  # SD3's ControlNet encodes pictures with noise of no generator
     with torch.no_grad():
         result = pipe(**arguments, num_inference_steps=steps, generator=generators(samples), output_type=output_type)
     values = getattr(result, entry.result)
@@ -61,11 +67,36 @@ def draw(entry: Entry, pipe: DiffusionPipeline, steps=STEPS, samples=(0,), decod
     return drawn
 
 
+def halved(entry, solvers):
+    pipe = build(entry, solvers).to(torch.bfloat16)
+    for network in networks_of(pipe):
+        for name, module in network.named_modules():
+            if name.rpartition(".")[2] in entry.single:
+                module.float()
+    return pipe
+
+
 def counted(pipe):
     """A list that grows by one with each call of the network."""
     calls = []
-    network_of(pipe).register_forward_pre_hook(lambda *_: calls.append(1))
+    for network in networks_of(pipe):
+        network.register_forward_pre_hook(lambda *_: calls.append(1))
     return calls
+
+
+def interrupted(entry, pipe, calls, steps):
+    """A run that ends after so many calls of the network."""
+    made = counted(pipe)
+
+    def stop(*_):
+        if len(made) == calls:
+            raise Stop
+
+    handles = [network.register_forward_hook(stop) for network in networks_of(pipe)]
+    with pytest.raises(Stop):
+        draw(entry, pipe, steps)
+    for handle in handles:
+        handle.remove()
 
 
 def realign(pipe):
@@ -90,7 +121,7 @@ def test_runs(entry, solvers):
     assert len(pipe.scheduler.timesteps) == STEPS
     taken = (pipe.scheduler.timesteps >= 1000 * (1 - entry.part)).sum() if entry.part < 1 else STEPS
     assert len(calls) == taken * entry.calls
-    assert pipe.scheduler.step_index == taken
+    assert pipe.scheduler.step_index == (None if entry.copies else taken)
 
 
 @cases(slow=True)
@@ -109,13 +140,14 @@ def test_other_step_counts_between(entry, solvers):
 
 @cases(lambda entry: entry.half, slow=True)
 def test_half_precision(entry, solvers):
-    single = draw(entry, build(entry, solvers))
-    half = draw(entry, build(entry, solvers).to(torch.bfloat16))
+    steps = 32 if entry.own_grid else STEPS  # few linear-quadratic steps have a jump, over which errors grow tenfold
+    single = draw(entry, build(entry, solvers), steps)
+    half = draw(entry, halved(entry, solvers), steps)
     # A hundred roundings to 8 bits add up to 10 * 0.4 %; the stock solvers' worst is 3 %.
     assert relative(single - half, single) < 0.06
 
 
-@cases(slow=True)
+@cases(lambda entry: entry.batches, slow=True)
 def test_batch_is_its_samples(entry, solvers):
     pipe = build(entry, solvers)
     batch = draw(entry, pipe, samples=(0, 1))
@@ -128,16 +160,7 @@ def test_batch_is_its_samples(entry, solvers):
 def test_interrupted_then_again(entry, solvers):
     pipe = build(entry, solvers)
     wanted = draw(entry, pipe, OTHER_STEPS)
-    calls = counted(pipe)
-
-    def stop(*_):
-        if len(calls) == entry.calls + 1:
-            raise Stop
-
-    handle = network_of(pipe).register_forward_hook(stop)
-    with pytest.raises(Stop):
-        draw(entry, pipe, OTHER_STEPS)
-    handle.remove()
+    interrupted(entry, pipe, entry.calls + 1, OTHER_STEPS)
     assert np.array_equal(draw(entry, pipe, OTHER_STEPS), wanted)
 
 
@@ -195,11 +218,13 @@ def reference_scheduler(config):
 def test_many_steps_agree_with_stock(entry, solvers):
     """The check for wrong signs, shifts and time scales: two solvers of one equation have one limit."""
     stock = build(entry)
-    stock.scheduler = reference_scheduler(stock.scheduler.config)
+    if not entry.copies:  # diffusion forcing passes whole numbers for times, which FlowMatchEuler refuses
+        stock.scheduler = reference_scheduler(stock.scheduler.config)
     wanted = draw(entry, stock, 200)
     ours = build(entry, solvers)
     few, many = (relative(draw(entry, ours, steps) - wanted, wanted) for steps in (5, 100))
     assert many < 0.02
     assert many < 0.15 * few
     if not entry.own_grid:  # the limit does not depend on the grid; a shift that is left out shows here
-        assert (ours.scheduler.timesteps - stock.scheduler.timesteps[::2]).abs().mean() < 10
+        interrupted(entry, stock, 1, 100)  # FLUX.2 shifts by the number of steps too
+        assert (ours.scheduler.timesteps - stock.scheduler.timesteps).abs().mean() < 10

@@ -9,10 +9,10 @@ from diffusers import DDIMPipeline, DPMSolverMultistepScheduler
 
 from diffusers_dssolver import DSSolverScheduler
 from tests.pipelines.test_conformance import build, cases, draw
-from tests.pipelines.zoo import ZOO, make_ddpm
+from tests.pipelines.zoo import ZOO, make_ddpm, networks_of
 
 
-@cases(kinds=("table",))
+@cases(kinds=("table",), slow=True)
 def test_a_table_draws_otherwise_than_classical_rows(entry, solvers):
     table, classical = build(entry, solvers), build(entry, "classical")
     assert 7 in table.scheduler.tables
@@ -63,3 +63,19 @@ def test_the_ddim_pipeline_hands_over_what_only_ddim_knows():
     assert np.array_equal(drawn(), drawn(use_clipped_model_output=True))
     with pytest.raises(ValueError, match=r"eta is 0.5.*deterministic"):
         drawn(eta=0.5)
+
+
+@pytest.mark.parametrize("steps", [4, 7, 10])
+def test_the_experts_of_wan_are_called_where_the_stock_scheduler_calls_them(steps):
+    """The first expert at times of at least `boundary_ratio`; tables have times of their own, under the same rule."""
+    entry, calls = ZOO["Wan 2.2"], {}
+    for solvers in (None, "classical", entry.table):
+        pipe = build(entry, solvers)
+        made = calls[solvers] = []
+        for number, network in enumerate(networks_of(pipe)):
+            network.register_forward_pre_hook(lambda *_, made=made, number=number: made.append(number))
+        draw(entry, pipe, steps)
+        boundary = pipe.config.boundary_ratio * 1000
+        assert made == [int(t < boundary) for t in pipe.scheduler.timesteps for _ in range(entry.calls)]
+        assert {*made} == {0, 1}
+    assert calls["classical"] == calls[None]

@@ -262,6 +262,9 @@ def test_an_artefact_is_carried_over_with_one_line(theirs, name, words, tmp_path
     assert torch.equal(run(back, noise(), 8), run(published, noise(), 8)) and back.config.carried_from is None
     on = DSSolverScheduler.from_config(DDIMScheduler(beta_end=0.01).config, solvers=str(tmp_path / "carried"))
     assert on.config.carried_from == ours.config.carried_from  # further on, from where it was searched
+    published.save_pretrained(tmp_path / "kept")
+    from_file = DSSolverScheduler.from_config(theirs.config, solvers=str(tmp_path / "kept"))
+    assert from_file.config.carried_from == {**ours.config.carried_from, "source": "kept"}  # no path of this machine
     with pytest.raises(ValueError, match=rf"solver '{name}' .*strict out to carry it over"):
         DSSolverScheduler.from_config(theirs.config, solvers=name, strict=True)
 

@@ -83,7 +83,7 @@ def arm(kind, number, counts):
 
 
 def child(argv, end, environment, log):
-    """One command; never returns."""
+    """One command, or a function that is called; never returns."""
     status, counts = 1, {}
     try:
         sys.stdout = sys.stderr = log.open("w", buffering=1)
@@ -94,7 +94,7 @@ def child(argv, end, environment, log):
             state._reset_state()
         arm(*end, counts)
         log.with_suffix(".pid").write_text(str(os.getpid()))
-        main(argv)
+        argv() if callable(argv) else main(argv)
         status = 0
     except SystemExit as stop:
         status = stop.code or 0

@@ -243,12 +243,12 @@ def test_test_samples_are_none_of_the_search(comparison_of):
 
 def test_unguided_calls_are_counted_alike(comparison_of):
     comparison = comparison_of(guidance_scale=1.0, schedulers=["euler", "heun"])
-    found = {r.scheduler: r.calls for r in comparison.run()[0]}
+    found = {r.scheduler: r.calls for r in comparison.run().results}
     assert found == {"ours-flow": NFE, "euler": NFE, "heun": 2 * 2 - 1}
 
 
 def test_step_count_without_a_table_is_called_derived(comparison_of):
-    results, _, _ = comparison_of(nfe=[NFE, 4], schedulers=[]).run()
+    results = comparison_of(nfe=[NFE, 4], schedulers=[]).run().results
     assert [(r.nfe, r.spacing, r.calls, r.searched) for r in results] == [
         (3, "searched", 3, True),
         (4, "derived", 4, True),
@@ -342,7 +342,7 @@ def test_feature_distance(comparison_of):
     """In the images themselves scaled to unit length: 2 - 2 cosine of the two pictures. Features are in float32, so
     their difference, of length above 0.01, is wrong by some 1e-7 and its square by some 2e-5 of itself."""
     comparison = comparison_of(schedulers=[], feature_network="torch.nn:Flatten")
-    results, _, _ = comparison.run()
+    results = comparison.run().results
     [scheduler] = comparison.lineup.searched.values()
     pairs = comparison.sample(scheduler, NFE).images, comparison.converged()[1]
     a, b = (images.double().flatten(1) for images in pairs)
@@ -413,7 +413,7 @@ def test_converged_runs_may_end_early(family, comparison_of, pipes):
     [ours], config = comparison.lineup.searched.values(), comparison.lineup.model_config
     many = DSSolverScheduler.from_config(config, solvers={str(STEPS): spec})
     torch.testing.assert_close(comparison.sample(many, STEPS).final, final, rtol=1e-9, atol=1e-9)
-    [result] = comparison.run()[0]
+    [result] = comparison.run().results
     assert result.mse == pytest.approx(mse(comparison.sample(ours, NFE).final, final), rel=1e-9)
 
 

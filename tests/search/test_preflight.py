@@ -26,7 +26,11 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*torchvision.*", "ignore:.*FluxPosEmbed.*:FutureWarning", "ignore:Converting a tensor.*"
 )
 COVERING = ("SDXL", "AuraFlow", "Wan", "DDPM")  # vp, a time that is rebuilt, two calls, no guidance
-UNGUIDED = ("FLUX", "FLUX img2img", "FLUX inpaint", "HunyuanVideo", "DDPM")  # the scale is an input of the network
+UNGUIDED = (  # the scale is an input of the network
+    "FLUX", "FLUX img2img", "FLUX inpaint", "FLUX Fill", "FLUX Kontext", "FLUX ControlNet", "FLUX.2", "HunyuanVideo",
+    "DDPM",
+)  # fmt: skip
+EVALUATIONS = {"Stable Diffusion PAG": 3, "SDXL PAG": 3, "InstructPix2Pix": 3, "LTX-2": 4}
 STEPS, SAMPLES = 3, 2
 
 
@@ -286,14 +290,23 @@ def test_preflight_finds_every_pipeline_searchable(name):
     found = preflight(student)
     calls = ZOO[name].calls
     assert (found.verdict, found.reason) == ("full", "")
-    assert found.calls_per_step == calls and found.evaluations_per_sample == (1 if name in UNGUIDED else 2)
-    assert found.guidance == ("none" if name in UNGUIDED else "two calls" if calls == 2 else "one call")
+    evaluations = 1 if name in UNGUIDED else EVALUATIONS.get(name, 2)
+    assert found.calls_per_step == calls and found.evaluations_per_sample == evaluations
+    guidance = {1: "one call", 2: "two calls", 3: "3 calls"}
+    assert found.guidance == ("none" if name in UNGUIDED else guidance[calls])
     assert set(found.agreement) == {"coefficients", "times", "nodes"}
     for autograd, difference in found.agreement.values():
         assert autograd == pytest.approx(difference, rel=0.01, abs=5e-5) and difference != 0  # abs: rounding
     assert found.activation_bytes > found.state_bytes > 0
     assert type(sampler.pipe).__name__ in str(found) and "everything can be searched" in str(found)
     assert sampler.network_evaluations == sampler.network_calls == 7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["HiDream", "Kandinsky 5"])
+def test_preflight_leaves_coefficients_where_no_gradient_passes(name):
+    found = preflight(student_of(name, torch.float32))
+    assert found.verdict == "coefficients" and found.reason
 
 
 @pytest.fixture
@@ -401,7 +414,7 @@ class Raising(SiTPipeline):
     "cls, reason",
     [
         (Replacing, "puts a FlowMatchEulerDiscreteScheduler of its own in the scheduler's place"),
-        (Shorter, "the pipeline asks for 2 steps, the search for 3"),
+        (Shorter, "the pipeline takes 2 steps where 3 are asked for; a distilled"),
         (Stopping, "ended its loop without taking all 3 steps, but 2"),
         (Careless, "gives another result each time"),
         (Raising, "cannot be run: 'a key\\nof its own'"),

@@ -22,7 +22,7 @@ from diffusers_dssolver import DSSolverScheduler
 from diffusers_dssolver.models import FlowDCNTransformer2DModel
 from diffusers_dssolver.pipelines import SiTPipeline
 from dssolver_search.cli import COMMANDS, main, named
-from dssolver_search.methods import setup as search_setup
+from dssolver_search.pipeline import model as model_module
 from dssolver_search.pipeline.loading import freeze
 from dssolver_search.pipeline.prompts import PROMPT, prompts_of
 from dssolver_search.pipeline.sampler import Sampler
@@ -222,7 +222,7 @@ def test_it_runs(name, tmp_path, monkeypatch):
         file.write_text(f"number,{recipe.prompts_column}\n1,a cat\n2,a dog\n3,a bird\n", encoding="utf-8")
         options["prompts_dataset"] = file
     loaded = []
-    monkeypatch.setattr(search_setup, "load_pipeline", lambda *args: loaded.append(args) or pipe)
+    monkeypatch.setattr(model_module, "load_pipeline", lambda *args: loaded.append(args) or pipe)
     more += arguments(options)
     [command] = [words for words in commands(name) if words[0] == "search"]
     main([*command, *more])

@@ -16,8 +16,8 @@ from diffusers_dssolver.pipelines import SiTPipeline
 from dssolver_search.cli import main
 from dssolver_search.methods import closed_form
 from dssolver_search.methods import fill as fill_module
-from dssolver_search.methods import setup as search_setup
 from dssolver_search.methods.paper import Loop
+from dssolver_search.pipeline import model as model_module
 from dssolver_search.pipeline.loading import load_pipeline
 from dssolver_search.pipeline.sampler import Sampler
 from tests.families import (
@@ -343,7 +343,7 @@ class PromptPipeline(SiTPipeline):
 def test_pipeline_with_prompts_needs_some(models, tmp_path, capsys, monkeypatch):
     source = make_pipe("flow")
     pipe = PromptPipeline(source.transformer, source.scheduler)
-    monkeypatch.setattr(search_setup, "load_pipeline", lambda *args: pipe)
+    monkeypatch.setattr(model_module, "load_pipeline", lambda *args: pipe)
     line = refused(capsys, lambda: search(models["flow"], tmp_path / "out"))
     assert "prompts_file" in line
     (tmp_path / "empty.txt").write_text("\n \n")
