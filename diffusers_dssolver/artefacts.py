@@ -106,7 +106,7 @@ def carry_over(
     source = Path(name).name if Path(name).exists() else name
     origin = artefact["carried_from"] or {"source": source, **{key: home[key] for key in OWN_KEYS}}
     return {**taken, "carried_from": origin}, (
-        f"solver {name!r} was searched on another noise schedule ({schedule(home)}) than this model's "
+        f"solver {source!r} was searched on another noise schedule ({schedule(home)}) than this model's "
         f"({schedule(model)}): it is carried over by noise level, which nobody measured here"
     )
 
