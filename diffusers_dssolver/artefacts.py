@@ -6,9 +6,10 @@ Functions of configurations only. A "full" configuration holds every key of `DSS
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from .config import ARTEFACT_KEYS, BETA_KEYS, SCHEDULE_KEYS, SHIFT_KEYS, is_flow
+from .config import ARTEFACT_KEYS, BETA_KEYS, OWN_KEYS, SCHEDULE_KEYS, SHIFT_KEYS, is_flow, own_schedule
 from .solver import short
 
 SEARCH_COMMAND = "python -m dssolver_search search --pretrained_model_name_or_path MODEL --nfe 5 8 --output_dir OUT"
@@ -80,19 +81,34 @@ def fill(config: Config, defaults: Config) -> dict[str, Any]:
     return {**full, "prediction_type": "flow_prediction"} if is_flow(config) else full
 
 
-def carry_over(model: Config, name: str, artefact: Config, published: Mapping[str, Config]) -> dict[str, Any]:
-    """Arguments that put the solvers of one full configuration on the model of another.
+def carry_over(
+    model: Config, name: str, artefact: Config, published: Mapping[str, Config]
+) -> tuple[dict[str, Any], str | None]:
+    """Arguments that put the solvers of one full configuration on the model of another, and what to tell of them.
+
+    On another noise schedule they are carried over by noise level (`carry.py`), unless the model's configuration is
+    strict.
 
     Args:
         name: of the artefact, for the message.
         published: full configurations by name, for the remedy.
 
     Raises:
-        ValueError: if the noise schedules differ.
+        ValueError: if the noise schedules differ and the configuration is strict.
     """
-    if reason := mismatch(model, artefact):
-        raise ValueError(f"solver {name!r} {reason}; {remedy(model, published)}")
-    return {key: artefact[key] for key in ARTEFACT_KEYS} | {"searched_shift": searched_at(artefact)}
+    home, reason = own_schedule(artefact), mismatch(model, artefact)
+    taken = {key: artefact[key] for key in ARTEFACT_KEYS} | {"searched_shift": searched_at(artefact)}
+    if reason is None:
+        return {**taken, "continuous_time": home["continuous_time"], "carried_from": None}, None
+    if model["strict"]:
+        ways = remedy(model, published)
+        raise ValueError(f"solver {name!r} {reason}; {ways}, or leave strict out to carry it over by noise level")
+    source = Path(name).name if Path(name).exists() else name
+    origin = artefact["carried_from"] or {"source": source, **{key: home[key] for key in OWN_KEYS}}
+    return {**taken, "carried_from": origin}, (
+        f"solver {source!r} was searched on another noise schedule ({schedule(home)}) than this model's "
+        f"({schedule(model)}): it is carried over by noise level, which nobody measured here"
+    )
 
 
 def first_fitting(model: Config, published: Mapping[str, Config]) -> str:
@@ -106,7 +122,11 @@ def first_fitting(model: Config, published: Mapping[str, Config]) -> str:
         if reason is None:
             return name
     told = "; ".join(f"{name!r} {reason}" for name, reason in reasons.items())
-    raise ValueError(f"no published solver fits this noise schedule ({told}); {remedy(model, published)}")
+    carry = f'carry one over by noise level, unmeasured here (solvers="{next(iter(published), "NAME")}")'
+    search = f"search one for this model ({SEARCH_COMMAND})"
+    raise ValueError(
+        f'no published solver fits this noise schedule ({told}); {search}, {carry} or use solvers="classical"'
+    )
 
 
 def consistent(changes: Config, config: Config, tables: bool) -> dict[str, Any]:
@@ -120,6 +140,8 @@ def consistent(changes: Config, config: Config, tables: bool) -> dict[str, Any]:
         ValueError: if the noise schedule changes to one for which the solvers were not searched.
     """
     changes = {key: value for key, value in changes.items() if key not in config or config[key] != value}
+    if "solvers" in changes:
+        changes.setdefault("carried_from", None)
     if changes.get("flow_shift") is not None:
         changes.setdefault("shift", changes["flow_shift"])
     elif "shift" in changes and "flow_shift" in config:
@@ -128,7 +150,8 @@ def consistent(changes: Config, config: Config, tables: bool) -> dict[str, Any]:
         at = searched_at(config)
         if at is not None and set(changes) & set(SHIFT_KEYS):
             changes.setdefault("searched_shift", at)
-        if reason := mismatch({**config, **changes}, config):
+        reason = mismatch({**config, **changes}, config)
+        if reason and config["carried_from"] is None:  # what was carried over is carried over anew
             raise ValueError(f"the solvers of this scheduler cannot follow: it {reason}; make one with from_config")
     return changes
 
@@ -141,15 +164,17 @@ def remedy(model: Config, published: Mapping[str, Config]) -> str:
 
 
 def mismatch(model: Config, solver: Config) -> str | None:
-    """The reason why the solvers of one full configuration cannot be used on the model of another; None if they can.
+    """What differs between the noise schedules of the solvers of one full configuration and of the model of another;
+    None if nothing does.
 
-    Another resolution shift is no reason, provided that the shift at which they were searched is known.
+    Another resolution shift is no difference, provided that the shift at which they were searched is known.
     """
-    flow = [config["prediction_type"] == "flow_prediction" for config in (solver, model)]
+    home = own_schedule(solver)
+    flow = [config["prediction_type"] == "flow_prediction" for config in (home, model)]
     if flow[0] != flow[1]:
         kinds = ["flow" if f else "vp" for f in flow]
-        return f"is for {kinds[0]} models, this model is {kinds[1]}: it would be meaningless"
-    ours, theirs = _validity(solver), _validity(model)
+        return f"is for {kinds[0]} models, this model is {kinds[1]}"
+    ours, theirs = _validity(home), _validity(model)
     free = set(SHIFT_KEYS) if searched_at(solver) else set()
     tables = [solver["solvers"], *(solver["guidance_solvers"] or {}).values()]
     if not any("timesteps" in table for by_count in tables for table in by_count.values()):
@@ -162,11 +187,24 @@ def mismatch(model: Config, solver: Config) -> str | None:
 
 def searched_at(solver: Config) -> dict[str, Any] | None:
     """`searched_shift` of a full configuration: recorded, or its own constant shift."""
+    home = own_schedule(solver)
     if solver["searched_shift"] is not None:
         return solver["searched_shift"]
-    if solver["prediction_type"] != "flow_prediction" or solver["use_dynamic_shifting"]:
+    if home["prediction_type"] != "flow_prediction" or home["use_dynamic_shifting"]:
         return None
-    return {"factor": solver["shift"], "terminal": solver["shift_terminal"]}
+    return {"factor": home["shift"], "terminal": home["shift_terminal"]}
+
+
+def schedule(config: Config) -> str:
+    """The noise schedule of a configuration."""
+    if is_flow(config):
+        return (
+            "flow, dynamic shift" if config.get("use_dynamic_shifting") else f"flow, shift {config.get('shift', 1):g}"
+        )
+    if config.get("trained_betas") is not None:
+        return "vp, betas of its own"
+    betas = f"{config.get('beta_start', 1e-4):g} to {config.get('beta_end', 0.02):g}"
+    return f"vp, {config.get('beta_schedule', 'linear')} betas {betas}"
 
 
 def _validity(config: Config) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import diffusers
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
 from . import pipelines
-from .config import is_flow
+from .artefacts import schedule
 from .published import cards_folder
 
 CARD, TEMPLATE = "README.md", "card.md.jinja"
@@ -98,18 +98,6 @@ def without_paths(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [without_paths(v) for v in value]
     return PureWindowsPath(value).name if isinstance(value, str) and _is_path(value) else value
-
-
-def schedule(config: Mapping[str, Any]) -> str:
-    """The noise schedule in words."""
-    if is_flow(config):
-        return (
-            "flow, dynamic shift" if config.get("use_dynamic_shifting") else f"flow, shift {config.get('shift', 1):g}"
-        )
-    if config.get("trained_betas") is not None:
-        return "vp, betas of its own"
-    betas = f"{config.get('beta_start', 1e-4):g} to {config.get('beta_end', 0.02):g}"
-    return f"vp, {config.get('beta_schedule', 'linear')} betas {betas}"
 
 
 def task(pipeline: Any) -> str | None:

@@ -8,12 +8,13 @@ from numbers import Integral
 
 import torch
 
-from .derive import Shift, classical, from_neighbours, reshifted, uniform_nodes, warp
+from .carry import Course, carried
+from .derive import Shift, classical, from_neighbours, uniform_nodes, warp
 from .grids import TOLERANCE, default_name
 from .paths import FlowPath, Path
 from .solver import MAX_NFE, SolverSpec
 
-Choice = tuple[SolverSpec, str | None]
+Choice = tuple[Course, str | None]
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class SolverSet:
         path: of the model.
         tables: searched solvers by step count.
         shift: resolution shift of the coming run (flow).
+        own: path that the tables belong to; None: the model's.
         searched_shifts: shift contained in the nodes of the tables, by step count, or under None one for all. Without
             one the nodes are final.
         strict: whether a step count without a table is an error.
@@ -34,6 +36,7 @@ class SolverSet:
     shift: Shift = Shift()
     searched_shifts: Mapping[int | None, Shift] = field(default_factory=dict)
     strict: bool = False
+    own: Path | None = None
 
     def choose(
         self,
@@ -41,7 +44,7 @@ class SolverSet:
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
     ) -> Choice:
-        """The solver for what `set_timesteps` was given, and what the user should be told about it.
+        """What to run for what `set_timesteps` was given, and what the user should be told about it.
 
         A grid is used as it is, unless it is recognisably what a pipeline passes by default and there are tables.
 
@@ -66,10 +69,10 @@ class SolverSet:
             raise ValueError(
                 f"timesteps has {len(timesteps)} entries, sigmas {len(given)}; given together they must be as many"
             )
-        spec, message = self._for_times(given) if sigmas is None else self._for_sigmas(given, timesteps)
-        if nfe is not None and nfe not in (len(given), spec.nfe):
+        chosen, message = self._for_times(given) if sigmas is None else self._for_sigmas(given, timesteps)
+        if nfe is not None and nfe not in (len(given), len(chosen.times)):
             raise ValueError(f"num_inference_steps is {nfe}, but the schedule given has {len(given)} entries")
-        return spec, message
+        return chosen, message
 
     def classical(self, nodes: Sequence[float]) -> SolverSpec:
         """Classical rows of second order on N+1 nodes before the resolution shift."""
@@ -77,18 +80,23 @@ class SolverSet:
             nodes = self.shift(nodes)
         return classical(nodes, self.path, stretched=bool(self.shift.terminal))
 
-    def times(self, spec: SolverSpec) -> list[float]:
-        """The N times that the network is fed."""
-        if spec.timesteps is not None:
-            return list(spec.timesteps)
-        return self.path.timestep(torch.tensor(spec.nodes[:-1], dtype=torch.float64)).tolist()
+    def carry(self, spec: SolverSpec, searched: Shift | None) -> Course:
+        """A solver of the tables' path, searched at a shift, on the model's path at the shift of the run."""
+        own, factor = self.own or self.path, 1.0
+        if searched is not None and isinstance(own, FlowPath) and isinstance(self.path, FlowPath):
+            factor = self.shift.factor / searched.factor
+        return carried(spec, own, self.path, factor)
+
+    def _plain(self, spec: SolverSpec) -> Course:
+        """A solver of the model's own path."""
+        return carried(spec, self.path, self.path)
 
     def _for_count(self, nfe: int | None) -> Choice:
         if isinstance(nfe, bool) or not isinstance(nfe, Integral) or not 1 <= int(nfe) <= MAX_NFE:
             raise ValueError(f"num_inference_steps is {nfe!r}; it must be a whole number from 1 to {MAX_NFE}")
         nfe = int(nfe)
         if not self.tables and not self.strict:
-            return self.classical(uniform_nodes(nfe, self.path)), None
+            return self._plain(self.classical(uniform_nodes(nfe, self.path))), None
         spec, message = self.tables.get(nfe), None
         searched = self.searched_shifts.get(nfe, self.searched_shifts.get(None))
         if spec is None:
@@ -98,10 +106,8 @@ class SolverSet:
                 raise ValueError(f"{reason}; use one of them or strict=False")
             message = f"{reason}: using a solver derived from them"
             tables, searched = self._at_one_shift()
-            spec = from_neighbours(tables, nfe, self.path)
-        if searched is not None and isinstance(self.path, FlowPath):
-            spec = reshifted(spec, searched, self.shift, self.path)
-        return spec, message
+            spec = from_neighbours(tables, nfe, self.own or self.path)
+        return self.carry(spec, searched), message
 
     def _at_one_shift(self) -> tuple[Mapping[int, SolverSpec], Shift | None]:
         """The tables with nodes of one shift, and that shift; without any where they were searched at several."""
@@ -123,13 +129,14 @@ class SolverSet:
             )
         nodes = sigmas if isinstance(self.path, FlowPath) else self._nodes_at(sigmas)
         if self._replaceable(nodes):
-            spec, message = self._for_count(len(nodes))
+            chosen, message = self._for_count(len(nodes))
             if times is not None:
-                unshifted = warp(torch.tensor(spec.nodes[:-1], dtype=torch.float64), 1 / self.shift.factor)
-                times = self.path.timestep(unshifted).tolist()
-        else:
-            spec, message = self.classical(_ended("sigmas", nodes)), self._told(len(sigmas))
-        return (spec, message) if times is None else (replace(spec, timesteps=tuple(times[: spec.nfe])), message)
+                chosen = replace(chosen, times=self.path.timestep(warp(chosen.nodes[:-1], 1 / self.shift.factor)))
+            return chosen, message
+        spec = self.classical(_ended("sigmas", nodes))
+        if times is not None:
+            spec = replace(spec, timesteps=tuple(times[: spec.nfe]))
+        return self._plain(spec), self._told(len(sigmas))
 
     def _for_times(self, times: Sequence[float]) -> Choice:
         nodes = self.path.node(torch.tensor(times, dtype=torch.float64)).tolist()
@@ -138,9 +145,9 @@ class SolverSet:
         if len(times) in self.tables:
             own, message = self._for_count(len(times))
             tolerance = TOLERANCE * self.path.num_train_timesteps
-            if all(abs(a - b) <= tolerance for a, b in zip(times, self.times(own), strict=True)):
+            if all(abs(a - b) <= tolerance for a, b in zip(times, own.times.tolist(), strict=True)):
                 return own, message
-        return classical(_ended("timesteps", nodes), self.path), self._told(len(times))
+        return self._plain(classical(_ended("timesteps", nodes), self.path)), self._told(len(times))
 
     def _replaceable(self, nodes: Sequence[float]) -> bool:
         """Whether these noise levels are a pipeline's default that tables replace.

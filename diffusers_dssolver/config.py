@@ -24,9 +24,8 @@ OLD_KEYS = ("interpolate_corrections",)
 SHIFT_KEYS = ("shift", "use_dynamic_shifting", "time_shift_type", "shift_terminal")
 BETA_KEYS = ("beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr", "snr_shift_scale")
 SCHEDULE_KEYS = ("num_train_timesteps", "prediction_type", "invert_sigmas", *BETA_KEYS, *SHIFT_KEYS)
-ARTEFACT_KEYS = (
-    "solvers", "guidance_solvers", "provenance", "continuous_time", "searched_shift", "mean_decay"
-)  # fmt: skip
+ARTEFACT_KEYS = ("solvers", "guidance_solvers", "provenance", "mean_decay")
+OWN_KEYS = (*SCHEDULE_KEYS, "continuous_time")  # of `carried_from`, with "source"
 BOOLEAN_KEYS = (
     "rescale_betas_zero_snr", "continuous_time", "use_dynamic_shifting", "invert_sigmas", "strict", "thresholding"
 )  # fmt: skip
@@ -62,12 +61,14 @@ class Checked:
 
     Args:
         path: the model's path.
+        own: the path that the solvers belong to.
         solvers: tables by NFE, at the guidance scale of the configuration.
         searched_shifts: resolution shifts contained in their nodes, `read_shifts`.
         entries: keys whose values must be replaced, so that the configuration is plain JSON of its own.
     """
 
     path: Path
+    own: Path
     solvers: dict[int, SolverSpec]
     searched_shifts: dict[int | None, Shift]
     entries: dict[str, Any]
@@ -87,21 +88,38 @@ def check(config: Mapping[str, Any]) -> Checked:
         entries["_use_default_values"] = sorted(
             {*config["_use_default_values"]} - {"use_flow_sigmas", "solvers", *SCHEDULE_KEYS}
         )
-    check_options(config)
+    home = own_schedule(config)
+    check_options(config, home)
     path = make_path({**config, **entries})
-    solvers = read_solvers(config["solvers"], path)
+    own = path if config["carried_from"] is None else make_path(home)
+    solvers = read_solvers(config["solvers"], own)
     shifts = read_shifts(config["searched_shift"])
     if shifts and (missing := [] if None in shifts else sorted(set(solvers) - set(shifts))):
         raise ValueError(f"searched_shift has no entry for {missing[0]} steps, of which there is a table")
     if solvers:
         entries["solvers"] = _plain(solvers)
-    if by_scale := read_guidance_solvers(config["guidance_solvers"], path):
+    if by_scale := read_guidance_solvers(config["guidance_solvers"], own):
         entries["guidance_solvers"] = Brief({str(scale): _plain(specs) for scale, specs in by_scale.items()})
         if config["guidance_scale"] is not None:
-            solvers = at_guidance(by_scale, config["guidance_scale"], path)
+            solvers = at_guidance(by_scale, config["guidance_scale"], own)
     if isinstance(config["provenance"], dict):
         entries["provenance"] = Brief(config["provenance"])
-    return Checked(path, solvers, shifts, entries)
+    return Checked(path, own, solvers, shifts, entries)
+
+
+def own_schedule(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A full configuration with the noise schedule that its solvers belong to, for that of the model."""
+    carried = config["carried_from"]
+    if carried is None:
+        return dict(config)
+    if not isinstance(carried, Mapping) or not {"source", "prediction_type"} <= set(carried) <= {*OWN_KEYS, "source"}:
+        raise ValueError(
+            f"carried_from is {short(carried)}; it must have source and prediction_type, with other keys of the noise "
+            "schedule, or be null"
+        )
+    for key in set(BOOLEAN_KEYS) & set(carried):
+        _check_boolean(f"carried_from: {key}", carried[key])
+    return {**config, **{key: value for key, value in carried.items() if key != "source"}}
 
 
 def without_old_keys(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,11 +135,10 @@ def _tell_old(key: str) -> None:
     logger.warning(f"{key} is a key of a former version; it is ignored")
 
 
-def check_options(config: Mapping[str, Any]) -> None:
-    """Check a full configuration except for its noise schedule and its solvers."""
+def check_options(config: Mapping[str, Any], home: Mapping[str, Any]) -> None:
+    """Check a full configuration except for its noise schedule and its solvers; `home`: `own_schedule`."""
     for key in BOOLEAN_KEYS:
-        if not isinstance(config[key], bool):
-            raise ValueError(f"{key} is {short(config[key])}; it must be true or false")
+        _check_boolean(key, config[key])
     if config["history_length"] is not None:
         _check_whole("history_length", config["history_length"], LARGE)
     for key in ("base_image_seq_len", "max_image_seq_len", "max_shift", "base_shift"):
@@ -137,8 +154,8 @@ def check_options(config: Mapping[str, Any]) -> None:
     if config["thresholding"] and config["prediction_type"] == "flow_prediction":
         raise ValueError("thresholding is for vp models; on a flow model leave it false")
     _check_number("mean_decay", config["mean_decay"], (0, 1), optional=True)
-    if config["mean_decay"] is not None and config["prediction_type"] != "flow_prediction":
-        raise ValueError(f"mean_decay is {config['mean_decay']}, but it is for flow models; on a vp model leave it out")
+    if config["mean_decay"] is not None and home["prediction_type"] != "flow_prediction":
+        raise ValueError(f"mean_decay is {config['mean_decay']}, but it is for flow solvers; with others leave it out")
 
 
 def make_path(config: Mapping[str, Any]) -> Path:
@@ -254,6 +271,11 @@ def _count(name: str, key: Any) -> int:
     if text.isascii() and text.isdigit() and len(text) <= 4 and text == str(int(text)) and 1 <= int(text) <= MAX_NFE:
         return int(text)
     raise ValueError(f"{name}[{text[:60]!r}]: the key must be a step count from 1 to {MAX_NFE}")
+
+
+def _check_boolean(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {short(value)}; it must be true or false")
 
 
 def _check_number(name: str, value: Any, between: tuple[float, float], optional: bool = False) -> None:

@@ -1,8 +1,8 @@
-"""Solvers for which no table was searched: other step counts, other resolution shifts, grids of the user's own.
+"""Solvers for which no table was searched: other step counts, guidance scales between searched ones, grids of the
+user's own.
 
 The node curve of a searched solver (node as a function of i/N) is used at other step counts, with classical rows:
-Adams-Bashforth 2 on flow paths, DPM-Solver++(2M) on vp paths. The weights of a searched solver are the classical ones
-of its nodes plus a learned correction; a resolution shift keeps the correction and recomputes the classical part.
+Adams-Bashforth 2 on flow paths, DPM-Solver++(2M) on vp paths.
 """
 
 from __future__ import annotations
@@ -42,46 +42,10 @@ class Shift:
             moved = [1 - (1 - s) / scale for s in moved[:-1]] + [0.0]
         return tuple(moved)
 
-    def map_to(self, other: Shift, nodes: Sequence[float]) -> Curve:
-        """The monotone map from sigmas shifted by this to sigmas shifted by `other`, for a solver with these N+1 nodes.
-
-        A stretch is undone such that the last call falls on a shifted 1/N.
-        """
-        if self == other:
-            return lambda sigma: sigma
-        n, last = len(nodes) - 1, nodes[-2]
-        undo = (1 - warp(1 / n, self.factor)) / (1 - last) if self.terminal and n > 1 else 1.0
-        ratio = other.factor / self.factor
-
-        def unstretched(sigma: float) -> float:
-            return warp(1 - (1 - sigma) * undo, ratio)
-
-        redo = (1 - unstretched(last)) / (1 - other.terminal) if other.terminal and n > 1 else 1.0
-        return lambda sigma: 1 - (1 - unstretched(sigma)) / redo
-
 
 def warp(sigma: Number, factor: float) -> Number:
     """e sigma / (1 + (e - 1) sigma); 1/e undoes it."""
     return factor * sigma / (factor * sigma + (1 - sigma))
-
-
-def reshifted(spec: SolverSpec, searched: Shift, target: Shift, path: FlowPath) -> SolverSpec:
-    """A solver searched at one resolution shift, for use at another.
-
-    Nodes and network times are warped. The classical part of the weights is recomputed on the warped nodes; the learned
-    correction is kept.
-    """
-    if searched == target:
-        return spec
-    move = searched.map_to(target, spec.nodes)
-    nodes = (*(move(node) for node in spec.nodes[:-1]), 0.0)
-    times = None
-    if spec.timesteps is not None:
-        fed = path.node(torch.tensor(spec.timesteps, dtype=torch.float64)).tolist()
-        times = _times([move(node) for node in fed], path)
-    base = classical(nodes, path).coefficients
-    pairs = zip(base, corrections(spec, path), strict=True)
-    return SolverSpec(nodes, tuple(tuple(b + d for b, d in zip(*pair, strict=True)) for pair in pairs), times)
 
 
 def at_guidance(by_scale: Mapping[float, Mapping[int, SolverSpec]], scale: float, path: Path) -> dict[int, SolverSpec]:
@@ -110,12 +74,6 @@ def _blended(a: SolverSpec, b: SolverSpec, share: float, path: Path) -> SolverSp
     if a.timesteps is not None or b.timesteps is not None:
         times = mix(*(spec.timesteps or _times(spec.nodes[:-1], path) for spec in (a, b)))
     return SolverSpec(mix(a.nodes, b.nodes), rows, times)
-
-
-def corrections(spec: SolverSpec, path: Path) -> list[list[float]]:
-    """The learned part of the weights: minus the classical weights of the same nodes. Every row sums to 0."""
-    base = classical(spec.nodes, path).coefficients
-    return [[c - b for c, b in zip(*pair, strict=True)] for pair in zip(spec.coefficients, base, strict=True)]
 
 
 def uniform_nodes(nfe: int, path: Path) -> tuple[float, ...]:

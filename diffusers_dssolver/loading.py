@@ -38,6 +38,7 @@ class LoadableScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
 
     config: Any
     _path: Path
+    _own: Path
     _solvers: dict[int, SolverSpec]
     _searched: dict[int | None, Shift]
     _known: dict[str, Any]
@@ -68,7 +69,8 @@ class LoadableScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
         checked = check(self.config)
         super().register_to_config(**checked.entries)
         vars(self.config)["use_flow_sigmas"] = False
-        self._path, self._solvers, self._searched = checked.path, checked.solvers, checked.searched_shifts
+        self._path, self._own = checked.path, checked.own
+        self._solvers, self._searched = checked.solvers, checked.searched_shifts
         self._known = {
             key: self.config[key]
             for key in {*self._get_init_keys(type(self)), "flow_shift"} - UNWATCHED
@@ -98,11 +100,12 @@ class LoadableScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
 
         - the configuration itself, if it has any;
         - `solvers="classical"`: none, every step count is derived;
-        - `solvers="org/solver"`, a folder or a published name: that artefact, after its noise schedule was compared;
+        - `solvers="org/solver"`, a folder or a published name: that artefact. Where its noise schedule is another, it
+          is carried over by noise level, and a warning says so; with `strict=True` that is an error;
         - otherwise the first published artefact whose noise schedule is the model's.
 
         Raises:
-            ValueError: if the artefact belongs to another noise schedule, if none fits, or for an unknown argument.
+            ValueError: if no published artefact fits, or for an unknown argument.
         """
         if not isinstance(config, Mapping):
             raise ValueError(f"config is {config!r}; pass a scheduler's configuration, such as pipe.scheduler.config")
@@ -123,11 +126,14 @@ class LoadableScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # d
             published = cls._published()
             source = first_fitting(cls._full(given), published)
             logger.info(f"using the published solver {source!r}")
-            kwargs |= carry_over(cls._full(given), source, published[source], published) | asked
+            kwargs |= carry_over(cls._full(given), source, published[source], published)[0] | asked
         elif isinstance(source, str) and source != CLASSICAL and "solvers" in kwargs:  # a file cannot send us elsewhere
-            kwargs |= carry_over(cls._full(given), source, cls._load_artefact(source), cls._published()) | asked
+            taken, message = carry_over(cls._full(given), source, cls._load_artefact(source), cls._published())
+            kwargs |= taken | asked
+            if message:
+                logger.warning(message)
         elif "solvers" in kwargs:
-            kwargs.setdefault("mean_decay", None)
+            kwargs = {"mean_decay": None, "carried_from": None, **kwargs}
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **{**facts, **kwargs})
 
     @classmethod

@@ -83,6 +83,10 @@ class Path:
         alpha, sigma = self.alpha_sigma(node)
         return torch.atan2(sigma, alpha)
 
+    def node_of_angle(self, angle: Tensor) -> Tensor:
+        """The inverse of `angle`, clamped to the path."""
+        return self.node_at(torch.tan(angle))
+
 
 @dataclass(frozen=True)
 class FlowPath(Path):
@@ -106,6 +110,9 @@ class FlowPath(Path):
 
     def node_at(self, level: Tensor) -> Tensor:
         return self.level(level)
+
+    def node_of_angle(self, angle: Tensor) -> Tensor:
+        return torch.sin(angle) / (torch.sin(angle) + torch.cos(angle))
 
     def transition(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ones_like(sigma[1:]), sigma[1:] - sigma[:-1]

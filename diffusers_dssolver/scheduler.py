@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput, logging
 from torch import Tensor
 
+from .carry import Course
 from .choose import SolverSet
 from .config import CLASSICAL
 from .derive import Shift, dynamic_shift, uniform_nodes
@@ -54,8 +55,8 @@ class DSSolverScheduler(NoiseSchedule):
         shift, use_dynamic_shifting, time_shift_type, shift_terminal, invert_sigmas, base_shift, max_shift,
             base_image_seq_len, max_image_seq_len: resolution shift of flow models, as in FlowMatchEulerDiscrete.
         searched_shift: {"factor": e, "terminal": number or null}, the shift contained in the nodes of `solvers`, or one
-            such entry by step count, {"5": {...}, ...}, for models whose shift depends on it (FLUX.2). Tables are
-            warped where the model's own shift differs. None: nodes are used as they are.
+            such entry by step count, {"5": {...}, ...}, for models whose shift depends on it (FLUX.2). Where the
+            model's own shift differs, noise levels are multiplied by the ratio. None: nodes are used as they are.
         thresholding, dynamic_thresholding_ratio, sample_max_value: dynamic thresholding of the predicted data (vp).
         variance_type: "learned" or "learned_range": the network's output has variances behind the prediction.
         use_flow_sigmas: follows from `prediction_type`; kept for the classes and pipelines that read it.
@@ -72,6 +73,8 @@ class DSSolverScheduler(NoiseSchedule):
             average of the means so far, the one of k steps ago with weight mean_decay^k. Against grid artefacts of
             solvers searched on another model, such as ImageNet's on FLUX (paper, Sec. 7.1). It belongs to the tables:
             `from_config` with other `solvers` drops it. None: off.
+        carried_from: {"source": name, keys of a noise schedule}, the one that `solvers` belong to, where they were
+            carried over by noise level from another than the model's. None: they belong to the model's.
 
     Raises:
         ValueError: naming the key, its value and what is accepted.
@@ -123,6 +126,7 @@ class DSSolverScheduler(NoiseSchedule):
         guidance_solvers: dict[str, dict[str, dict[str, list]]] | None = None,
         guidance_scale: float | None = None,
         mean_decay: float | None = None,
+        carried_from: dict[str, Any] | None = None,
     ) -> None:
         self._read_config()
         self._said: set[str] = set()
@@ -134,7 +138,7 @@ class DSSolverScheduler(NoiseSchedule):
         self.num_inference_steps = None
         self._moved = {}
         nodes = torch.tensor(uniform_nodes(self.config.num_train_timesteps, self._path), dtype=torch.float64)
-        self._install_tensors(nodes, self._path.timestep(nodes[:-1]), (), None)
+        self._install(Course(nodes, self._path.timestep(nodes[:-1])))
 
     # --- the run ---------------------------------------------------------------------------------------------------
 
@@ -175,15 +179,16 @@ class DSSolverScheduler(NoiseSchedule):
         try:
             if mu is not None:
                 self._mu = float(mu)
-            spec, message = self._solver_set().choose(num_inference_steps, *grids)
+            course, message = self._solver_set().choose(num_inference_steps, *grids)
         except ValueError:
             self._mu = before
             raise
         self._tell(message)
         # stock flow schedulers list clean data, where it is given, as a step; stock vp schedulers as the end
         given = grids[0] if sigmas is None else grids[1]
-        listed = spec.nfe if given is None or (sigmas is not None and not flow) else len(given)
-        self._install(spec, device, idle=listed > spec.nfe)
+        n = len(course.times)
+        listed = n if given is None or (sigmas is not None and not flow) else len(given)
+        self._install(self._with_idle_step(course) if listed > n else course, device)
         self.num_inference_steps = listed
 
     def step(
@@ -263,6 +268,13 @@ class DSSolverScheduler(NoiseSchedule):
         """Searched solvers by step count, at the guidance scale of the configuration."""
         return self._solvers
 
+    def course(self, nfe: int) -> Course:
+        """How a step count is run at the shift of the configuration, or, where that is dynamic, at the one searched."""
+        chosen = self._solver_set()
+        if self.config.use_dynamic_shifting:
+            chosen = replace(chosen, searched_shifts={})
+        return chosen.choose(nfe)[0]
+
     @property
     def shift(self) -> float:
         """The resolution shift of the configuration (flow)."""
@@ -299,7 +311,7 @@ class DSSolverScheduler(NoiseSchedule):
             logger.warning(message)
 
     def _solver_set(self) -> SolverSet:
-        return SolverSet(self._path, self._solvers, self._shift(), self._searched, self.config.strict)
+        return SolverSet(self._path, self._solvers, self._shift(), self._searched, self.config.strict, self._own)
 
     def _shift(self) -> Shift:
         """The resolution shift of the coming run."""
@@ -311,26 +323,21 @@ class DSSolverScheduler(NoiseSchedule):
         mu = self._mu if self._mu is not None else config.base_shift or 0.0
         return Shift(dynamic_shift(mu, config.time_shift_type), config.shift_terminal)
 
-    def _install(self, spec: SolverSpec, device: str | torch.device | None = None, idle: bool = False) -> None:
-        """Prepare a run of a solver; with `idle` a last step follows, at clean data, which changes nothing."""
-        nodes = torch.tensor(spec.nodes, dtype=torch.float64)
-        times = torch.tensor(self._solver_set().times(spec), dtype=torch.float64)
-        rows: list[Sequence[Scalar]] = list(spec.coefficients)
-        if idle:
-            nodes, times = torch.cat([nodes, nodes[-1:]]), torch.cat([times, self._path.timestep(nodes[-1:])])
-            rows.append([0.0] * spec.nfe + [1.0])
-        self._install_tensors(nodes, times, rows, device)
+    def _with_idle_step(self, course: Course) -> Course:
+        """A last step more, at clean data, which changes nothing."""
+        nodes, n = torch.cat([course.nodes, course.nodes[-1:]]), len(course.times)
+        times = torch.cat([course.times, self._path.timestep(course.nodes[-1:])])
+        return Course(nodes, times, [*course.rows, [0.0] * n + [1.0]])
 
-    def _install_tensors(
-        self, nodes: Tensor, times: Tensor, rows: Sequence[Sequence[Scalar]], device: str | torch.device | None
-    ) -> None:
-        """Prepare a run with nodes (N+1,) and times (N,), float64 on the CPU."""
-        alphas, sigmas = self._path.alpha_sigma(nodes)
-        self._a, self._b = (scalars(factor) for factor in self._path.transition(alphas, sigmas))
+    def _install(self, course: Course, device: str | torch.device | None = None) -> None:
+        """Prepare a run."""
+        alphas, sigmas = self._path.alpha_sigma(course.nodes)
+        self._a, self._b = map(scalars, course.transition(self._path, alphas, sigmas))
+        self._weights = course.weights(self._path, self.config.prediction_type, alphas, sigmas) if course.rows else []
         self._alphas, self._sigmas = scalars(alphas), scalars(sigmas)
-        self._history = History(rows, self.config.history_length, self.config.mean_decay)
-        self._run = nodes, times, rows
-        self._publish(times.to(torch.float32).to(device), self._path.level(nodes).to(torch.float32))
+        self._history = History(course.rows, self.config.history_length, self.config.mean_decay)
+        self._course = course
+        self._publish(course.times.to(torch.float32).to(device), self._path.level(course.nodes).to(torch.float32))
         self._step_index = None
         self._begin_index = None
 
@@ -360,13 +367,13 @@ class DSSolverScheduler(NoiseSchedule):
         return index
 
     def _quantity(self, index: int, x: Tensor, output: Tensor, negated: bool) -> tuple[Tensor, tuple[Scalar, Scalar]]:
-        """The model quantity d at state x, and (p, q) of the predicted data p x + q d."""
-        alpha, sigma = self._alphas[index], self._sigmas[index]
-        p, q = self._path.quantity_weights(alpha, sigma, self.config.prediction_type)
+        """The quantity d that the solver weighs at state x, and (u, v) of the predicted data u x + v d."""
+        p, q, u, v = self._weights[index]
         d = combine(x, output, p, -q if negated else q)
         if self.config.thresholding:
-            d = threshold(d, self.config.dynamic_thresholding_ratio, self.config.sample_max_value)
-        return d, self._path.denoised_weights(alpha, sigma)
+            data = threshold(combine(x, d, u, v), self.config.dynamic_thresholding_ratio, self.config.sample_max_value)
+            d = combine(x, data, -u / v, 1 / v)
+        return d, (u, v)
 
     def _row(self, index: int, x: Tensor) -> Sequence[Scalar]:
         """Weights of the newest quantities at step `index` from state x."""

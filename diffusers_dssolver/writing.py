@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .carry import Course
 from .derive import classical
 from .history import History
 from .loading import LoadableScheduler
-from .paths import Scalar, as_float64
+from .paths import as_float64
 
 NEAR = 1e-6  # relative; the schedule is float32
 
@@ -28,14 +29,12 @@ class WritableSchedule(LoadableScheduler):
     _history: History
     _step_index: int | None
     _begin_index: int | None
-    _run: tuple[Tensor, Tensor, Sequence[Sequence[Scalar]]]  # nodes (N+1,), times (N,) and rows in use
+    _course: Course  # in use
     _timesteps: Tensor
     _sigma_list: Tensor
     _seen: list[int | None]  # versions of both lists when they were last looked at; -1 after one was replaced
 
-    def _install_tensors(
-        self, nodes: Tensor, times: Tensor, rows: Sequence[Sequence[Scalar]], device: str | torch.device | None
-    ) -> None:
+    def _install(self, course: Course, device: str | torch.device | None = None) -> None:
         raise NotImplementedError
 
     @property
@@ -81,7 +80,7 @@ class WritableSchedule(LoadableScheduler):
         if torch.compiler.is_compiling() or self._seen == [_version(tensor) for tensor in shown]:
             return
         times, levels = as_float64(shown[0]), as_float64(shown[1])
-        nodes, known, _ = self._run
+        nodes, known = self._course.nodes, self._course.times
         n, first = len(times), _place(times, known.detach())
         known_levels = self._path.level(nodes.detach())
         unwritten = self._seen[1] == _version(shown[1]) or _same(levels, known_levels)
@@ -99,9 +98,8 @@ class WritableSchedule(LoadableScheduler):
 
     def _take(self, first: int, n: int) -> None:
         """Run n steps of the present schedule from step `first` on; a run that goes on keeps its history."""
-        nodes, times, rows = self._run
-        history, index, end = self._history, self._step_index, first + n
-        self._reinstall(nodes[first : end + 1], times[first:end], rows[first:end])
+        history, index = self._history, self._step_index
+        self._reinstall(self._course.part(first, first + n))
         if index is not None and index >= first:
             self._step_index = index - first
             self._history.outputs, self._history.means = history.outputs, history.means
@@ -116,13 +114,13 @@ class WritableSchedule(LoadableScheduler):
             spec = classical(nodes.tolist(), self._path)
         except ValueError as error:
             raise ValueError(f"the schedule that was written cannot be run: {error}") from None
-        self._reinstall(nodes[: len(times) + 1], times, spec.coefficients[: len(times)])
+        self._reinstall(Course(nodes[: len(times) + 1], times, spec.coefficients[: len(times)]))
 
-    def _reinstall(self, nodes: Tensor, times: Tensor, rows: Sequence[Sequence[Scalar]]) -> None:
-        begin = self._begin_index
-        self._install_tensors(nodes, times, rows, None)
-        self.num_inference_steps = len(times)
-        self._begin_index = begin if begin is None or begin < len(times) else None
+    def _reinstall(self, course: Course) -> None:
+        begin, n = self._begin_index, len(course.times)
+        self._install(course)
+        self.num_inference_steps = n
+        self._begin_index = begin if begin is None or begin < n else None
 
 
 def _listed(name: str, value: Any) -> Tensor:

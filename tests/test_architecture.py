@@ -17,7 +17,10 @@ CLASS_LINES, FUNCTION_LINES, SCHEDULER_LINES = 250, 60, 400
 HEAVY = {"accelerate", "datasets", "diffusers", "matplotlib", "numpy", "scipy", "torch", "transformers"}
 
 # What each module of the runtime package may import beside the standard library.
-MATHS = {"solver": set(), "grids": set(), "step": {"torch"}, "paths": {"torch"}, "derive": {"torch", "paths", "solver"}}
+MATHS = {
+    "solver": set(), "grids": set(), "step": {"torch"}, "paths": {"torch"}, "derive": {"torch", "paths", "solver"},
+    "carry": {"torch", "paths", "solver", "step"},
+}  # fmt: skip
 RUNTIME_ARROWS: dict[str, set[str]] = {
     **MATHS,
     "published": set(),
@@ -25,7 +28,7 @@ RUNTIME_ARROWS: dict[str, set[str]] = {
     "history": {"torch", *MATHS},
     "artefacts": {"config", "solver"},
     "choose": {"torch", *MATHS},
-    "card": {"diffusers", "huggingface_hub", "config", "pipelines", "published"},
+    "card": {"diffusers", "huggingface_hub", "artefacts", "pipelines", "published"},
     "loading": {"diffusers", "artefacts", "card", "config", "published", *MATHS},
     "writing": {"torch", "history", "loading", *MATHS},
     "training": {"torch", "writing", *MATHS},

@@ -7,14 +7,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import pathlib
 from pprint import pformat
 from typing import Any
 
 import torch
 
 from diffusers_dssolver import DSSolverScheduler, SolverSpec
-from diffusers_dssolver.paths import FlowPath
+from diffusers_dssolver.config import own_schedule
+from diffusers_dssolver.paths import FlowPath, Path
 
 from ..console import warn
 from ..settings import ExportConfig
@@ -36,13 +37,13 @@ def export(config: ExportConfig) -> None:
         nfe = config.nfe[0] if len(config.nfe) == 1 else None
         if nfe is None:
             raise ValueError(f"nfe is {config.nfe}; give one step count for sigmas")
-        print(", ".join(f"{sigma:.9g}" for sigma in levels(scheduler, specs(scheduler, [nfe])[nfe])[0]))
+        print(", ".join(f"{sigma:.9g}" for sigma in levels(scheduler, specs(scheduler, [nfe])[nfe])["sigmas"]))
         warn(
             "nodes only: the searched weights, and the times that the network is fed, are lost; whatever runs on these "
             "noise levels is not the solver that was measured (kdiffusion keeps all of it)"
         )
         return
-    file = Path(config.output_file)
+    file = pathlib.Path(config.output_file)
     if file.exists() and FILLED not in file.read_text(encoding="utf-8", errors="replace"):
         raise ValueError(f"{file} is there and was not written by export; choose another --output_file")
     write_text(file, source(scheduler, config.nfe))
@@ -58,19 +59,28 @@ def specs(scheduler: DSSolverScheduler, nfe: list[int]) -> dict[int, SolverSpec]
     return {n: scheduler.solvers[n] for n in sorted(nfe or scheduler.tables)}
 
 
-def levels(scheduler: DSSolverScheduler, spec: SolverSpec) -> tuple[list[float], list[float]]:
-    """Noise levels: the N+1 of a table, and the N that the network is fed; sigma of flow, sigma / alpha of others."""
-    path = scheduler.path
+def levels(scheduler: DSSolverScheduler, spec: SolverSpec) -> dict[str, Any]:
+    """Noise levels: the N+1 `sigmas` of a table and the N that the network is `fed`; sigma of flow, sigma / alpha of
+    others. Of a table that is carried over, also the solver's `own`, the `scales` of its states over the file's, and
+    the `factor` of its data."""
+    path, course = scheduler.path, scheduler.course(spec.nfe)
 
-    def of(nodes: torch.Tensor) -> list[float]:
+    def of(path: Path, nodes: torch.Tensor) -> torch.Tensor:
         alpha, sigma = path.alpha_sigma(nodes)
-        return (sigma if isinstance(path, FlowPath) else sigma / alpha).tolist()
+        return sigma if isinstance(path, FlowPath) else sigma / alpha
 
-    nodes = torch.tensor(spec.nodes, dtype=torch.float64)
-    fed = nodes[:-1]
-    if spec.timesteps is not None:
-        fed = path.node(torch.tensor(spec.timesteps, dtype=torch.float64))
-    return of(nodes), of(fed)
+    fed = course.nodes[:-1] if spec.timesteps is None else path.node(course.times)
+    found = {"sigmas": of(path, course.nodes).tolist(), "fed": of(path, fed).tolist()}
+    if course.change is None:
+        return found
+    change, (alpha, sigma) = course.change, path.alpha_sigma(course.nodes)
+    scales = change.scales(alpha, sigma)
+    if not isinstance(path, FlowPath):  # the file's states are over alpha
+        scales = scales * alpha
+    if not isinstance(change.path, FlowPath):
+        scales = scales / change.path.alpha_sigma(change.nodes)[0]
+    own = of(change.path, change.nodes).tolist()
+    return {**found, "own": own, "scales": scales.tolist(), "factor": change.factor}
 
 
 def source(scheduler: DSSolverScheduler, nfe: list[int]) -> str:
@@ -79,15 +89,16 @@ def source(scheduler: DSSolverScheduler, nfe: list[int]) -> str:
         raise ValueError(
             f"mean_decay is {scheduler.config.mean_decay}, which this file cannot do; take it out of the solver's file"
         )
-    prediction = scheduler.config.prediction_type
+    prediction, home = scheduler.config.prediction_type, own_schedule(scheduler.config)
     solver: dict[str, Any] = {
         "prediction": "flow" if isinstance(scheduler.path, FlowPath) else prediction,
-        "tables": {},
+        "quantity": "velocity" if home["prediction_type"] == "flow_prediction" else "denoised",
+        "tables": {
+            n: {**levels(scheduler, spec), "coefficients": [list(row) for row in spec.coefficients]}
+            for n, spec in specs(scheduler, nfe).items()
+        },
     }
-    for n, spec in specs(scheduler, nfe).items():
-        sigmas, fed = levels(scheduler, spec)
-        solver["tables"][n] = {"sigmas": sigmas, "fed": fed, "coefficients": [list(row) for row in spec.coefficients]}
-    lines = (Path(__file__).parent / TEMPLATE).read_text(encoding="utf-8").splitlines()
+    lines = (pathlib.Path(__file__).parent / TEMPLATE).read_text(encoding="utf-8").splitlines()
     [place] = [number for number, line in enumerate(lines) if FILLED in line]
     lines[place] = (
         f"{FILLED} `python -m dssolver_search export`\nSOLVER = {pformat(solver, width=110, sort_dicts=False)}"

@@ -98,7 +98,9 @@ def _difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
     calls = [{k: v for k, v in f["call"].items() if k != "guidance_scale"} for f in facts]
     if calls[0] != calls[1]:
         return f"was searched with {calls[1]!r}"
-    for key, name in (("searched_shift", "was searched at shift"), ("mean_decay", "has mean_decay")):
+    for key, name in (
+        ("searched_shift", "was searched at shift"), ("mean_decay", "has mean_decay"), ("carried_from", "comes from"),
+    ):  # fmt: skip
         if one[key] != other[key]:
             return f"{name} {other[key]!r}"
     return None

@@ -4,10 +4,14 @@
     x = sample_dssolver(model, x, sigmas_for(8), extra_args=...)
 
 `model(x, sigma, **extra_args)` gives the denoised data, as k-diffusion's and ComfyUI's wrappers do. Of flow models x is
-(1 - sigma) data + sigma noise; of all others data + sigma noise. A step is
+(1 - sigma) data + sigma noise; of all others data + sigma noise. A step of a solver that was searched on a flow weighs
+velocities, one of others denoised data:
 
-    flow    x' = x + (sigma' - sigma) sum_j c_ij (x_j - denoised_j) / sigma_j
-    others  x' = sigma'/sigma x + (1 - sigma'/sigma) sum_j c_ij denoised_j
+    velocity   x' = x + (sigma' - sigma) sum_j c_ij (x_j - denoised_j) / sigma_j
+    denoised   x' = sigma'/sigma x + (1 - sigma'/sigma) sum_j c_ij denoised_j
+
+Of a solver that was carried over from another noise schedule, x here is `scales` times the state, sigma its `own`, and
+the data are over `factor`.
 
 Where a table feeds the network another time than its noise level's, the model is asked there, and what the network
 said is taken out of its answer again. Paper: Eq. (16), (19), arXiv 2505.21114.
@@ -16,7 +20,7 @@ said is taken out of its answer again. Paper: Eq. (16), (19), arXiv 2505.21114.
 import torch
 
 # by step count: N+1 sigmas, N sigmas that the network is fed, N rows of weights c_ij, oldest first; see FILLED
-SOLVER = {"prediction": "flow", "tables": {}}  # FILLED by `python -m dssolver_search export`
+SOLVER = {"prediction": "flow", "quantity": "velocity", "tables": {}}  # FILLED by `python -m dssolver_search export`
 TOLERANCE = 1e-3  # of sigmas given and a table's own, relative
 
 
@@ -43,22 +47,28 @@ def sample_dssolver(model, x, sigmas, extra_args=None, callback=None, disable=No
         ValueError: these sigmas are no part of a table's.
     """
     table, first, levels = _table(sigmas)
-    flow = SOLVER["prediction"] == "flow"
+    own, factor = table.get("own", table["sigmas"]), table.get("factor", 1.0)
+    scales = table.get("scales", [1.0] * len(own))
     wide = torch.promote_types(x.dtype, torch.float32)
     history = []
     for i, (sigma, end) in enumerate(zip(levels[:-1], levels[1:])):  # noqa: B905 (Python 3.9)
         denoised = _denoised(model, x, sigma, table["fed"][first + i], extra_args or {})
         if callback is not None:
             callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
-        state, data = x.to(wide), denoised.to(wide)
-        history.append((state - data) / sigma if flow else data)
+        begin, finish, scale = own[first + i], own[first + i + 1], scales[first + i + 1]
+        state, data = x.to(wide) * scales[first + i], denoised.to(wide) / factor
+        history.append((state - data) / begin if SOLVER["quantity"] == "velocity" else data)
         row = table["coefficients"][first + i]
         missing = len(row) - len(history)  # of a late start: their weights fall to the oldest that is there
         row = [sum(row[: missing + 1]), *row[missing + 1 :]]
         if end != table["sigmas"][first + i + 1]:
-            row = [0.0] * i + [1.0]
+            row, finish, scale = [0.0] * i + [1.0], 0.0, 1 / factor
         mix = sum(weight * quantity for weight, quantity in zip(row, history))  # noqa: B905
-        x = (state + (end - sigma) * mix if flow else end / sigma * state + (1 - end / sigma) * mix).to(x.dtype)
+        if SOLVER["quantity"] == "velocity":
+            state = state + (finish - begin) * mix
+        else:
+            state = finish / begin * state + (1 - finish / begin) * mix
+        x = (state / scale).to(x.dtype)
     return x
 
 

@@ -65,7 +65,7 @@ def fitted(model_config: Mapping[str, Any], solver: str | DSSolverScheduler) -> 
         solver: a folder, Hub id or published name; or a scheduler that holds it.
 
     Raises:
-        ValueError: the solver cannot be read, or belongs to another noise schedule.
+        ValueError: the solver cannot be read.
     """
     if isinstance(solver, str):
         return DSSolverScheduler.from_config(model_config, solvers=solver)

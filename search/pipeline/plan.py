@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffusers_dssolver.carry import Course, carried
 from diffusers_dssolver.derive import Shift, classical, first_order_end
 from diffusers_dssolver.paths import FlowPath, Path
 from diffusers_dssolver.solver import SolverSpec
@@ -21,24 +22,28 @@ class Solver(NamedTuple):
     """A plan on a model, as it is integrated and published.
 
     Attributes:
-        nodes: (N+1,) float64, after the path's first node and the resolution shift.
-        rows: N rows of weights.
-        times: (N,) what the network is given at each node, in the model's own unit.
-        spec_times: the same as a spec has them; None where they are those of the nodes.
+        course: nodes after the path's first node and the resolution shift, rows, and the times that the network is fed.
+        own_times: whether these are not those of the nodes.
+        given: the solver as it was published, if it was.
     """
 
-    nodes: Tensor
-    rows: Rows
-    times: Tensor
-    spec_times: Tensor | None
+    course: Course
+    own_times: bool
+    given: SolverSpec | None = None
+
+    @property
+    def nodes(self) -> Tensor:
+        """(N+1,) float64."""
+        return self.course.nodes
 
     def spec(self) -> SolverSpec:
         """Raises ValueError where nodes or times do not fall."""
-        rows = [[float(weight) for weight in row] for row in self.rows]
+        if self.given is not None:
+            return self.given
+        rows = [[float(weight) for weight in row] for row in self.course.rows]
         full = [[0.0] * (i + 1 - len(row)) + row for i, row in enumerate(rows)]
-        return SolverSpec(
-            self.nodes.detach().tolist(), full, None if self.spec_times is None else self.spec_times.detach().tolist()
-        )
+        times = self.course.times.detach().tolist() if self.own_times else None
+        return SolverSpec(self.nodes.detach().tolist(), full, times)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +59,8 @@ class Plan:
         float32_states: keep states in float32 between steps and hand the pipeline a rounded copy, so that the errors
             of bfloat16 do not accumulate.
         spec: a whole solver as it is published, in place of nodes, rows and offsets.
+        own: the path that `spec` belongs to; None: the model's.
+        factor: the run's resolution shift over that of `spec`.
     """
 
     unshifted_nodes: Tensor
@@ -63,11 +70,14 @@ class Plan:
     first_order_end: bool = False
     float32_states: bool = False
     spec: SolverSpec | None = None
+    own: Path | None = None
+    factor: float = 1.0
 
     @classmethod
-    def of(cls, spec: SolverSpec) -> Plan:
-        """The run of a published solver; its nodes contain the shift already."""
-        return cls(torch.tensor(spec.nodes, dtype=torch.float64), spec=spec)
+    def of(cls, spec: SolverSpec, own: Path | None = None, factor: float = 1.0) -> Plan:
+        """The run of a published solver; its nodes contain the shift already. That of another path, or of another
+        resolution shift, is carried over by noise level."""
+        return cls(torch.tensor(spec.nodes, dtype=torch.float64), spec=spec, own=own, factor=factor)
 
     @property
     def nfe(self) -> int:
@@ -94,19 +104,16 @@ class Plan:
     def on(self, path: Path, shift: Shift | None) -> Solver:
         """The numbers on a model."""
         if self.spec is not None:
-            nodes = torch.tensor(self.spec.nodes, dtype=torch.float64)
-            given = self.spec.timesteps
-            times = None if given is None else torch.tensor(given, dtype=torch.float64)
-            return Solver(nodes, self.spec.coefficients, path.timestep(nodes[:-1]) if times is None else times, times)
+            run = carried(self.spec, self.own or path, path, self.factor)
+            return Solver(run, self.spec.timesteps is not None, self.spec)
         nodes = shifted(self.unshifted_nodes, path, shift)
         rows = list(self.rows or ())
         if len(rows) < self.nfe:
             spec = classical(nodes.detach().tolist(), path, self.order)
             rows += (first_order_end(spec) if self.first_order_end else spec).coefficients[len(rows) :]
         if self.offsets is None:
-            return Solver(nodes, rows, path.timestep(nodes[:-1]), None)
-        times = path.timestep((nodes[:-1] + self.offsets).clamp(0, 1))
-        return Solver(nodes, rows, times, times)
+            return Solver(Course(nodes, path.timestep(nodes[:-1]), rows), False)
+        return Solver(Course(nodes, path.timestep((nodes[:-1] + self.offsets).clamp(0, 1)), rows), True)
 
 
 def nodes_from_logits(logits: Tensor) -> Tensor:

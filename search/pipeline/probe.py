@@ -102,7 +102,7 @@ class ProbeScheduler(DSSolverScheduler):
         if self.request.live:
             torch.set_grad_enabled(True)
         self.solver, self._float32_state = plan.on(self._path, self.resolution_shift), None
-        self._install_tensors(self.solver.nodes, self.solver.times, self.solver.rows, device)
+        self._install(self.solver.course, device)
         if self.request.watch:  # the watcher looks at the whole history
             self._history.needed = [i + 1 for i in range(plan.nfe)]
         if self.request.until == BEFORE:

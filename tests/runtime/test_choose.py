@@ -16,7 +16,7 @@ from diffusers_dssolver import DSSolverScheduler, SolverSpec
 from diffusers_dssolver.artefacts import carry_over, first_fitting, mismatch, model_facts
 from diffusers_dssolver.choose import SolverSet
 from diffusers_dssolver.config import _tell_old
-from diffusers_dssolver.derive import Shift, classical, reshifted, uniform_nodes
+from diffusers_dssolver.derive import Shift, classical, uniform_nodes, warp
 from diffusers_dssolver.history import History
 from diffusers_dssolver.paths import FlowPath, VPPath, make_betas
 from tests.runtime.test_scheduler import make_flow, make_solvers, make_table
@@ -25,47 +25,60 @@ FLOW, VP = FlowPath(), VPPath(make_betas(1000, 0.0001, 0.02, "linear", None, Fal
 TABLES = {n: SolverSpec.from_dict(make_table(n)) for n in (4, 8)}
 
 
+def same(chosen, spec, message=None):
+    """Whether this solver was chosen for a model of its own path, with this message."""
+    course, told = chosen
+    return course.nodes.tolist() == [*spec.nodes] and course.rows == spec.coefficients and told == message
+
+
 def test_a_set_chooses_tables_neighbours_and_classical_rows():
     tables = SolverSet(FLOW, TABLES)
-    assert tables.choose(4) == (TABLES[4], None)
-    spec, message = tables.choose(6)
+    assert same(tables.choose(4), TABLES[4])
+    course, message = tables.choose(6)
     assert (
-        spec.nfe == 6
+        len(course.times) == 6
         and message == "no table for 6 steps (there are tables for: 4, 8): using a solver derived from them"
     )
-    assert SolverSet(FLOW).choose(6) == (classical(uniform_nodes(6, FLOW), FLOW), None)
-    assert SolverSet(VP).choose(6) == (classical(uniform_nodes(6, VP), VP), None)
+    for path in (FLOW, VP):
+        assert same(SolverSet(path).choose(6), classical(uniform_nodes(6, path), path))
 
 
 def test_a_set_shifts_tables_from_where_they_were_searched():
     target = Shift(3.0)
-    for searched in (None, Shift(2.0)):
-        spec, _ = SolverSet(FLOW, TABLES, target, {None: searched} if searched else {}).choose(4)
-        assert spec == (TABLES[4] if searched is None else reshifted(TABLES[4], searched, target, FLOW))
-    assert SolverSet(FLOW, shift=target).choose(4)[0].nodes == target(uniform_nodes(4, FLOW))
+    for shifts, factor in (({}, 1.0), ({None: Shift(2.0)}, 1.5), ({4: Shift(6.0), 8: Shift(1.0)}, 0.5)):
+        course, _ = SolverSet(FLOW, TABLES, target, shifts).choose(4)
+        wanted = warp(torch.tensor(TABLES[4].nodes, dtype=torch.float64), factor)
+        torch.testing.assert_close(course.nodes, wanted, rtol=0, atol=1e-14)
+        assert course.rows == TABLES[4].coefficients and (course.change is None) == (factor == 1.0)
+    assert SolverSet(FLOW, shift=target).choose(4)[0].nodes.tolist() == [*target(uniform_nodes(4, FLOW))]
+    own, _ = SolverSet(VP, TABLES, target, {None: Shift(2.0)}, own=FLOW).choose(4)  # vp has no shift
+    assert own.change.factor == 1.0 and own.change.path == FLOW
 
 
 def test_a_set_tells_of_grids_that_keep_its_tables_out():
     for given in ({"timesteps": [900, 500, 100]}, {"sigmas": [0.9, 0.5, 0.1]}):
-        spec, message = SolverSet(FLOW, TABLES).choose(**given)
-        assert spec.nodes == (0.9, 0.5, 0.1, 0.0)
+        course, message = SolverSet(FLOW, TABLES).choose(**given)
+        assert course.nodes.tolist() == [0.9, 0.5, 0.1, 0.0]
         assert "the 3 noise levels given are no default" in message
-        assert SolverSet(FLOW).choose(**given) == (spec, None)
+        assert SolverSet(FLOW).choose(**given)[1] is None
 
 
 def test_artefacts_are_matched_without_a_scheduler():
     vp, flow = (dict(make(solvers=make_solvers(4)).config) for make in (DSSolverScheduler, make_flow))
     model = {**vp, "solvers": "classical", "beta_end": 0.012}
-    assert "vp, this model" not in (mismatch(model, vp) or "")
+    assert mismatch(model, flow) == "is for flow models, this model is vp"
     assert mismatch(model, vp) == "was searched with beta_end = 0.02, this model has 0.012"
     published = {"a": flow, "b": vp}
     assert first_fitting({**model, "beta_end": 0.02}, published) == "b"
     with pytest.raises(ValueError, match=r"no published solver fits .*'a' is for flow models.*'b' was searched"):
         first_fitting(model, published)
     with pytest.raises(ValueError, match=r"solver 'b' was searched with beta_end.*search one for this model"):
-        carry_over(model, "b", vp, published)
-    taken = carry_over({**flow, "shift": 3.0}, "a", flow, published)
-    assert taken["solvers"] == flow["solvers"]
+        carry_over({**model, "strict": True}, "b", vp, published)
+    taken, message = carry_over(model, "b", vp, published)
+    assert taken["carried_from"]["source"] == "b" and taken["carried_from"]["beta_end"] == 0.02
+    assert "carried over by noise level" in message and "continuous_time" not in taken
+    taken, message = carry_over({**flow, "shift": 3.0}, "a", flow, published)
+    assert taken["solvers"] == flow["solvers"] and taken["carried_from"] is message is None
     assert taken["searched_shift"] == {"factor": 1.0, "terminal": None}
     assert model_facts(FlowMatchEulerDiscreteScheduler(shift=3.0).config)["prediction_type"] == "flow_prediction"
     assert model_facts(DDIMScheduler().config)["prediction_type"] == "epsilon"

@@ -274,7 +274,7 @@ def test_other_values_are_refused(value):
 
 
 def test_it_is_for_flow_models_with_places():
-    with pytest.raises(ValueError, match=r"mean_decay is 0.5, but it is for flow models; on a vp model leave it out"):
+    with pytest.raises(ValueError, match=r"mean_decay is 0.5, but it is for flow solvers; with others leave it out"):
         DSSolverScheduler(mean_decay=0.5)
     scheduler = begun(published(0.5), 6, [])
     with pytest.raises(ValueError, match=r"a sample of shape \(2, 3\) lacks; leave it out"):

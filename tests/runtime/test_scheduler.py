@@ -886,13 +886,17 @@ def test_from_config_with_a_named_artefact(tmp_path):
             assert ours.config.continuous_time == model["continuous_time"]
         other = FlowMatchEulerDiscreteScheduler() if model["prediction_type"] == "epsilon" else DDIMScheduler()
         with pytest.raises(ValueError, match=r"is for (vp|flow) models, this model is (flow|vp)"):
-            DSSolverScheduler.from_config(other.config, solvers=name)
+            DSSolverScheduler.from_config(other.config, solvers=name, strict=True)
+
+    def strictly(theirs):
+        DSSolverScheduler.from_config(theirs.config, solvers="dit-xl-2-256", strict=True)
+
     with pytest.raises(ValueError, match="searched with num_train_timesteps = 1000, this model has 500"):
-        DSSolverScheduler.from_config(DDIMScheduler(num_train_timesteps=500).config, solvers="dit-xl-2-256")
+        strictly(DDIMScheduler(num_train_timesteps=500))
     with pytest.raises(ValueError, match="rescale_betas_zero_snr"):
-        DSSolverScheduler.from_config(DDIMScheduler(rescale_betas_zero_snr=True).config, solvers="dit-xl-2-256")
+        strictly(DDIMScheduler(rescale_betas_zero_snr=True))
     with pytest.raises(ValueError, match=r"trained_betas|beta_schedule"):
-        DSSolverScheduler.from_config(DDIMScheduler(trained_betas=[0.01] * 1000).config, solvers="dit-xl-2-256")
+        strictly(DDIMScheduler(trained_betas=[0.01] * 1000))
     DDIMScheduler().save_pretrained(tmp_path / "plain")
     with pytest.raises(ValueError, match="without solvers"):
         DSSolverScheduler.from_config(DDIMScheduler().config, solvers=str(tmp_path / "plain"))

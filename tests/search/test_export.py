@@ -130,6 +130,39 @@ def test_any_part_of_the_sigmas_is_the_schedulers_part(kind, first, last, tmp_pa
         assert scope["sample_dssolver"](lambda x, sigma: 0.5 * x, x, part).dtype == dtype
 
 
+@pytest.mark.parametrize(
+    "own, kind", [("flow", "epsilon"), ("sample", "flow"), ("v_prediction", "linear"), (3.0, "flow")]
+)
+@pytest.mark.parametrize("first, last", [(0, 3), (1, 3), (0, 2)])
+def test_a_solver_that_is_carried_over_is_exported_as_it_runs(own, kind, first, last, tmp_path):
+    """From a flow to vp and back, between betas, and from a resolution shift of 3."""
+    shifted = {"searched_shift": {"factor": own, "terminal": None}} if own == 3.0 else {}
+    artefact("flow" if own == 3.0 else own, tmp_path / "own", **shifted)
+    model = DSSolverScheduler(**KINDS.get(kind, {"prediction_type": "epsilon"}))
+    scheduler = DSSolverScheduler.from_config(model.config, solvers=str(tmp_path / "own"))
+    scheduler.save_pretrained(tmp_path / "carried")
+    scope = exported(load_solver(str(tmp_path / "carried")))
+    sigmas = scope["sigmas_for"](3)[first : last + 1]
+    start = torch.randn(2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scales = [1.0 if kind == "flow" else (1 + float(s) ** 2) ** -0.5 for s in scope["SOLVER"]["tables"][3]["sigmas"]]
+    scheduler.set_timesteps(3)
+    assert scheduler.course(3).change is not None
+    scheduler.set_begin_index(first)
+    wanted = start
+    for t in scheduler.timesteps[first:last]:
+        node = scheduler.path.node(t.double()).float()
+        wanted = scheduler.step(network(wanted, node), t, wanted, return_dict=False)[0]
+    denoise = wrapper("flow" if kind == "flow" else "epsilon", scheduler, [])
+    found = scope["sample_dssolver"](denoise, start / scales[first], sigmas)
+    torch.testing.assert_close(found * scales[last], wanted, rtol=3e-5, atol=3e-5)
+    cut = sigmas.clone()
+    cut[-1] = 0  # KSampler Advanced without leftover noise: ends at the data
+    told = []
+    ended = scope["sample_dssolver"](denoise, start / scales[first], cut, callback=told.append)
+    if last < 3:
+        torch.testing.assert_close(ended, told[-1]["denoised"].double())
+
+
 @pytest.mark.parametrize("kind", ["flow", "epsilon"])
 def test_a_part_that_is_to_end_without_noise_ends_in_the_predicted_data(kind, tmp_path):
     """KSampler Advanced without leftover noise puts 0 in the place of the part's last sigma."""
@@ -190,7 +223,7 @@ def test_guidance_chooses_the_tables(tmp_path):
     DSSolverScheduler(**KINDS["flow"], solvers=one, guidance_solvers={"1": one, "3": other}).save_pretrained(tmp_path)
     for guidance, node in ((None, 0.9), (3.0, 0.5), (2.0, 0.7)):
         scheduler = load_solver(str(tmp_path), guidance_scale=guidance)
-        assert levels(scheduler, scheduler.solvers[1])[0] == pytest.approx([node, 0.0])
+        assert levels(scheduler, scheduler.solvers[1])["sigmas"] == pytest.approx([node, 0.0])
 
 
 @pytest.mark.parametrize(

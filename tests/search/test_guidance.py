@@ -71,10 +71,16 @@ def test_bad_tables_by_guidance(changes, told):
 
 
 def test_a_table_with_times_of_its_own_fixes_the_direction_of_time(tmp_path):
-    """As for `solvers`: what the network is fed would be wrong where its time rises."""
-    guided().save_pretrained(tmp_path)
+    """As for `solvers`: where the network's time rises, the table is carried over, and its times with it."""
+    fed = guided()
+    fed.save_pretrained(tmp_path)
+    inverted = {"shift": 1.0, "invert_sigmas": True}
     with pytest.raises(ValueError, match="invert_sigmas"):
-        DSSolverScheduler.from_config({"shift": 1.0, "invert_sigmas": True}, solvers=str(tmp_path))
+        DSSolverScheduler.from_config(inverted, solvers=str(tmp_path), strict=True)
+    turned = DSSolverScheduler.from_config(inverted, solvers=str(tmp_path))
+    for scheduler in (fed, turned):
+        scheduler.set_timesteps(scheduler.tables[0])
+    assert turned.timesteps.tolist() == pytest.approx([1000 - t for t in fed.timesteps.tolist()])
 
 
 def artefact(folder, scale, solvers, **changes):

@@ -377,8 +377,10 @@ def test_apply_and_restore(capsys):
     assert pipe.scheduler is own
     with pytest.raises(ValueError, match="not applied to this SiTPipeline"):
         found.restore(pipe)
-    with pytest.raises(ValueError, match="solver 'searched' is for flow models"):
-        found.apply(make_pipe("vp"))
+    other = make_pipe("vp")
+    found.apply(other)
+    assert other.scheduler.config.carried_from["prediction_type"] == "flow_prediction"
+    assert other.scheduler.solvers == found.scheduler.solvers
 
 
 def test_a_comparison_of_what_was_found(capsys, tmp_path):

@@ -11,6 +11,8 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from diffusers_dssolver import DSSolverScheduler, SolverSpec
+from diffusers_dssolver.config import OWN_KEYS
 from diffusers_dssolver.pipelines import SiTPipeline
 from dssolver_search.methods.objective import paper_loss
 from dssolver_search.methods.parameters import PaperParameters
@@ -83,6 +85,25 @@ def test_what_a_trajectory_tells_is_the_solver_that_ran(family):
     torch.testing.assert_close(again.final, run.final, rtol=0, atol=1e-12)
     ended = student.run(plan, range(2), "train", until=2)
     assert len(ended.states) == 3 and torch.equal(ended.final, run.states[2])
+
+
+@both
+def test_a_solver_of_another_path_runs_as_the_scheduler_runs_it(family):
+    student = make_student(make_pipe(family, dtype=torch.float64))
+    other = make_scheduler("vp" if family == "flow" else "flow")
+    rows = [[1.0], [-0.4, 1.4], [0.2, -0.7, 1.5]]
+    spec = SolverSpec([1.0, 0.6, 0.3, 0.0], rows)
+    home = DSSolverScheduler.from_config(other.config, solvers="classical")
+    run = student.run(Plan.of(spec, home.path), range(2), "train")
+    assert run.spec == spec and run.nodes.tolist() != [*spec.nodes]
+    origin = {"source": "there", **{key: home.config[key] for key in OWN_KEYS}}
+    config = student.sampler.pipe.scheduler.config
+    scheduler = DSSolverScheduler.from_config(config, solvers={"3": spec.to_dict()}, carried_from=origin)
+    recorder = Recorder()
+    with student.sampler.using(scheduler), recorder.watching(scheduler):
+        student.sampler(range(2), "train", 3)
+    torch.testing.assert_close(run.final, recorder.states[-1], rtol=0, atol=1e-9)
+    assert (student.run(Plan.of(spec), range(2), "train").final - run.final).abs().max() > 1e-3
 
 
 class ShiftingPipeline(SiTPipeline):

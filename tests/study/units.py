@@ -356,7 +356,7 @@ class Study:
             artefact = DSSolverScheduler.from_config(own.config, solvers=self._needed(search)["tables"])
             artefact.save_pretrained(folder)
             try:
-                DSSolverScheduler.from_config(on_schedule(own, schedule).config, solvers=folder)
+                DSSolverScheduler.from_config(on_schedule(own, schedule).config, solvers=folder, strict=True)
             except ValueError as error:
                 return {"refused": True, "line": str(error).replace(folder, "SOLVER")}
         return {"refused": False, "line": ""}
