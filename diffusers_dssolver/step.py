@@ -37,8 +37,9 @@ def weighted_sum(terms: Sequence[tuple[Scalar, Tensor]]) -> Tensor:
     """sum of weight * tensor, shapes (...), in the dtype of the first.
 
     The first product is a new tensor; the other terms are added to it in place, one pass over memory each. Terms of
-    weight 0 are not read.
+    weight 0 are not read. The gradient of a 0-dim weight is float64 only on the CPU: some devices have none.
     """
+    terms = [(_narrow(w, t) if isinstance(w, Tensor) else w, t) for w, t in terms]
     (weight, total), *rest = [(w, t) for w, t in terms if isinstance(w, Tensor) or w != 0.0] or terms[:1]
     if rest and isinstance(weight, float) and weight == 1.0 and isinstance(rest[0][0], float):
         total = torch.add(total, rest[0][1], alpha=rest[0][0])
@@ -48,6 +49,11 @@ def weighted_sum(terms: Sequence[tuple[Scalar, Tensor]]) -> Tensor:
     for weight, tensor in rest:
         total = total + weight * tensor if isinstance(weight, Tensor) else total.add_(tensor, alpha=weight)
     return total
+
+
+def _narrow(weight: Tensor, tensor: Tensor) -> Tensor:
+    """The weight in the precision in which it multiplies the tensor."""
+    return weight.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def combine(x: Tensor, other: Tensor, p: Scalar, q: Scalar) -> Tensor:

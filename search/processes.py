@@ -54,7 +54,10 @@ def from_main(accelerator: Accelerator, value: T) -> T:
 
 
 def reduced(accelerator: Accelerator, tensor: Tensor) -> Tensor:
-    """The sum over all processes, in every one and on the tensor's device."""
+    """The sum over all processes, in every one and on the tensor's device. Bytes are sent, since some devices have no
+    float64, and summed in the order of the processes."""
     if accelerator.num_processes == 1:
         return tensor
-    return accelerator.reduce(tensor.to(accelerator.device), "sum").to(tensor.device)
+    mine = tensor.detach().cpu().contiguous().view(-1)
+    every = accelerator.gather(mine.view(torch.uint8).to(accelerator.device)).cpu()
+    return every.view(tensor.dtype).view(-1, *tensor.shape).sum(0).to(tensor.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from unittest import mock
 
 import torch
 from hypothesis import strategies as st
@@ -159,6 +160,15 @@ class Metal(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         return self.compute(function, args, kwargs or {})
 
+    def __enter__(self):
+        self.makers = mock.patch.multiple(torch, tensor=moved(torch.tensor), as_tensor=moved(torch.as_tensor))
+        self.makers.start()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.makers.stop()
+        return super().__exit__(*error)
+
     @classmethod
     def compute(cls, function, args, kwargs):
         arrays = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, cls.Array)]
@@ -175,6 +185,16 @@ class Metal(TorchDispatchMode):
         if any(isinstance(r, Tensor) and r.dtype == torch.float64 for r in pytree.tree_leaves(result)):
             raise TypeError(f"{function} makes a float64 tensor on MPS")
         return pytree.tree_map_only(Tensor, cls.Array, result)
+
+
+def moved(maker: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`torch.tensor` or `torch.as_tensor`, which put numbers on a device out of a mode's sight."""
+
+    def made(data, *args, device=None, **options):
+        there = device is not None and not isinstance(data, Tensor)
+        return maker(data, *args, **options).to(device) if there else maker(data, *args, device=device, **options)
+
+    return made
 
 
 class DoubleTorch:

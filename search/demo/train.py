@@ -151,8 +151,8 @@ def noised(
     """Network input (b, C, H, W), its timestep (b,) on the 0..1000 scale, and the regression target.
 
     flow: x = (1 - sigma) x0 + sigma noise, target noise - x0, sigma logit-normal, or half of them uniform ("mixed":
-    the last steps of a solver, near the data, are then trained as well as the rest). vp: DDPM, target the noise or the velocity alpha
-    noise - sigma x0 (Salimans and Ho 2022), which stays well-posed where the data are drowned in noise.
+    the last steps of a solver, near the data, are then trained as well as the rest). vp: DDPM, target the noise, or the
+    velocity alpha noise - sigma x0 (Salimans and Ho 2022), which stays well-posed where noise drowns the data.
     """
     noise = torch.randn(x0.shape, generator=g, device=g.device)
     if args.path == "flow":

@@ -19,6 +19,7 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
+from diffusers_dssolver.paths import as_float64
 from diffusers_dssolver.solver import SolverSpec
 
 from ..pipeline.plan import Plan, nodes_from_logits
@@ -55,9 +56,9 @@ class RowFit:
 
     def __call__(self, row: Sequence[float], left: Tensor, columns: Tensor) -> None:
         """Add one batch: the classical row, left (M,), columns (i, M)."""
-        columns, left = columns.double(), left.double()
+        columns, left = as_float64(columns), as_float64(left)
         self.row = list(row)
-        self.system = self.system + torch.cat([columns @ columns.T, (columns @ left)[:, None]], dim=1).cpu()
+        self.system = self.system + torch.cat([columns @ columns.T, (columns @ left)[:, None]], dim=1)
 
     def solve(self, reduce: Reduce) -> list[float]:
         """row + (delta_0, .., delta_{i-1}, -sum of delta), the same in every process."""

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils import vector_to_parameters
 
+from diffusers_dssolver.paths import as_float64
+
 from ..pipeline.plan import Plan
 from ..settings import GROUPS, SearchConfig
 from .log import Log
@@ -68,17 +70,17 @@ class Polish:
             run = batch.run(plan, shared_calls=1)
             difference = DIFFERENCES[run.final.dtype]
             here = batch.off(run).flatten()
-            precision, here = torch.promote_types(here.dtype, torch.float32), here.double()
+            device, precision, here = here.device, torch.promote_types(here.dtype, torch.float32), as_float64(here)
             columns = []
             for k in range(self.count):
                 moved = parameters.clone()
                 moved[k] += difference
                 there = batch.errors(self.plan(moved), self.shared_calls[k]).flatten()
-                columns.append(((there.double() - here) / difference).to(precision))
+                columns.append(((as_float64(there) - here) / difference).to(precision).to(device))
                 on_call()
             jacobian = torch.stack(columns)
-            gram += (jacobian @ jacobian.T).double().cpu()
-            right += (jacobian @ here.to(precision)).double().cpu()
+            gram += as_float64(jacobian @ jacobian.T)
+            right += as_float64(jacobian @ here.to(precision).to(device))
         gram, right = self.problem.reduce(gram), self.problem.reduce(right)
         scale = gram.diagonal().clamp(min=1e-9 * float(gram.diagonal().max()))
         steps = [torch.linalg.solve(gram + mu * torch.diag(scale), right) for mu in DAMPINGS]

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusers_dssolver.paths import as_float64
+
 from ..pipeline.plan import Plan
 from ..pipeline.student import Trajectory
 from ..settings import PERCEPTUAL, SearchConfig
@@ -97,7 +99,7 @@ class Descent:
         for batch in self.problem.batches(self.problem.train):
             loss = self._batch_loss(batch) * len(batch) / self.samples
             loss.backward()
-            total += loss.detach().double().cpu()
+            total += as_float64(loss)
         grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters.parameters()]
         summed = self.problem.reduce(torch.cat([*(g.flatten() for g in grads), total[None]]))
         at = 0

@@ -18,6 +18,8 @@ from lion_pytorch import Lion
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from diffusers_dssolver.paths import as_float64
+
 from ..console import say
 from ..pipeline.plan import Plan
 from ..processes import from_main, reduced
@@ -207,7 +209,7 @@ class Loop:
         loss.backward()
         moved = [p for p in self.parameters.parameters() if p.grad is not None]
         parts = [loss.detach().reshape(1), *(p.grad.flatten() for p in moved if p.grad is not None)]
-        summed = reduced(self.accelerator, torch.cat([part.double() for part in parts]))
+        summed = reduced(self.accelerator, torch.cat([as_float64(part) for part in parts]))
         total, *gradients = summed.split([len(part) for part in parts])
         if not all(g.isfinite().all() for g in gradients):
             return math.nan if math.isfinite(total) else float(total)

@@ -20,6 +20,8 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor
 
+from diffusers_dssolver.paths import as_float64
+
 from ..console import one_line
 from ..images.networks import FeatureNetwork, described, distance
 from ..pipeline.plan import Plan, nodes_from_logits
@@ -94,7 +96,7 @@ class Perceptual:
             if not torch.isfinite(slope).all():
                 raise self._refusal("it is not finite")
             again = self._decoded_in_fewest_steps(range(samples), run.final.detach())
-            change = (again - images.detach()).double().norm() / images.detach().double().norm().clamp(min=1e-30)
+            change = as_float64(again - images).norm() / as_float64(images).norm().clamp(min=1e-30)
             if not change <= REPEATED:
                 raise ValueError(
                     f"{name} decodes the same final state to other images in a call of {self._steps} steps (relative "
@@ -131,7 +133,7 @@ class Perceptual:
         with torch.no_grad():
             for batch in problem.batches(problem.validation):
                 run = self.run(plan, batch.samples.indices, batch.samples.split)
-                total += len(batch) * self.loss(run.output, batch.samples).double().cpu()
+                total += len(batch) * as_float64(self.loss(run.output, batch.samples))
                 count += len(batch)
                 errors.append(batch.off(run))
         summed = problem.reduce(torch.stack([total, torch.tensor(count, dtype=torch.float64)]))

@@ -19,6 +19,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
+from diffusers_dssolver.paths import as_float64
+
 from ..console import one_line
 from ..pipeline.plan import Plan, nodes_from_logits
 from ..pipeline.student import Student, Trajectory
@@ -162,7 +164,7 @@ class _Trial:
 
     def run(self, plan: Plan, **options: Any) -> Trajectory:
         made = self.student.run(plan, range(self.samples), SPLIT, **options)
-        self.dtype, self.size = made.final.dtype, float(made.final.detach().double().square().mean().sqrt())
+        self.dtype, self.size = made.final.dtype, float(as_float64(made.final).square().mean().sqrt())
         return made
 
     def final(self, group: str = "", amount: float | Tensor = 0.0) -> Tensor:
@@ -178,7 +180,7 @@ class _Trial:
             raise ValueError(
                 f"{self.student.name} gives values that are not finite; try it with another dtype or guidance"
             )
-        change = (self._refusing() - first).double().norm() / first.double().norm()
+        change = as_float64(self._refusing() - first).norm() / as_float64(first).norm()
         if change > REPEATED:
             raise ValueError(
                 f"{self.student.name} gives another result each time (relative change {change:.2g}): it draws noise "
@@ -243,7 +245,7 @@ class _Trial:
 
     def _differences(self, group: str) -> list[Tensor]:
         sizes = self._precision().sizes
-        return [(self.final(group, h).double() - self.final(group, -h).double()) / (2 * h) for h in sizes]
+        return [(as_float64(self.final(group, h)) - as_float64(self.final(group, -h))) / (2 * h) for h in sizes]
 
     def _slope(self, group: str, w: Tensor) -> float:
         """<w, dx/d amount> by autograd."""
@@ -251,7 +253,7 @@ class _Trial:
         final = self.final(group, amount)
         if not final.requires_grad:
             return 0.0
-        (slope,) = torch.autograd.grad((final.double() * w).sum(), amount, allow_unused=True)
+        (slope,) = torch.autograd.grad((final.cpu().double() * w).sum(), amount, allow_unused=True)
         return 0.0 if slope is None else slope.item()
 
     def bytes(self) -> dict[str, int]:

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from diffusers_dssolver.paths import as_float64
 from diffusers_dssolver.solver import SolverSpec
 
 from ..pipeline.plan import Plan
@@ -171,6 +172,6 @@ class Problem:
 
     def mean_square(self, errors: Tensor) -> float:
         """Over every process's samples."""
-        count = torch.tensor(errors.numel(), dtype=torch.float64, device=errors.device)
-        total = self.reduce(torch.stack([errors.double().square().sum(), count]))
+        squares = as_float64(errors).square()
+        total = self.reduce(torch.stack([squares.sum(), torch.tensor(squares.numel()).double()]))
         return float(total[0] / total[1])

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
+from diffusers_dssolver.paths import as_float64
+
 from .replay import patched
 
 TIME_NAMES = ("timestep", "timesteps", "timestep_ratio", "t", "sigma", "sigmas")  # of a network's time argument
@@ -72,8 +74,8 @@ def _attached(value: Any, t: Tensor, maps: Maps) -> Any:
     near = 4 * max(torch.finfo(numbers.dtype).eps, torch.finfo(t.dtype).eps)
 
     def made_by(p: float, q: float) -> bool:
-        made = p + q * t.detach().double()
-        return bool(((numbers.double() - made).abs() <= near * made.abs().clamp(min=abs(p))).all())
+        made = p + q * as_float64(t)
+        return bool(((as_float64(numbers) - made).abs() <= near * made.abs().clamp(min=abs(p))).all())
 
     fitting = [(p, q) for p, q in maps if made_by(p, q)]
     if not fitting:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from diffusers_dssolver.paths import as_float64
+
 from ..pipeline.student import Student
 from .trajectories import Teacher, taught
 
@@ -62,7 +64,7 @@ def convergence(student: Student, teacher: Teacher, tolerance: float, above: int
             trying, parts = replace(teacher, steps=steps), []
             for first in range(0, CONVERGENCE_SAMPLES, batch_size):
                 batch = range(first, min(first + batch_size, CONVERGENCE_SAMPLES))
-                parts.append(taught(student, trying, batch, "convergence")[0][-1].double().cpu())
+                parts.append(as_float64(taught(student, trying, batch, "convergence")[0][-1]))
             finals[steps] = torch.cat(parts)
         return finals[steps]
 

@@ -286,14 +286,16 @@ def test_features_are_those_of_the_models_own_image_processor(kind, edges, tmp_p
     network = load_feature_network(str(tmp_path))
     pictures = [(255 * i).byte().permute(1, 2, 0).numpy() for i in images]
     given = processor(pictures, return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(network.network.preparation(images), given, rtol=0, atol=0.02)
+    prepared = network.network.preparation(images)
+    level = 1 / 255 / min(processor.image_std)  # the processor rounds what it resizes to whole levels
+    torch.testing.assert_close(prepared, given, rtol=0, atol=1.1 * level)
     with torch.no_grad():
-        expected = model(pixel_values=given, output_hidden_states=True).hidden_states
+        expected = model(pixel_values=prepared, output_hidden_states=True).hidden_states
         found = network(images)
     assert len(found) == len(expected) == 3
     for layer, wanted in zip(found, expected, strict=True):
         wanted = wanted.flatten(2).transpose(1, 2) if wanted.ndim == 4 else wanted
-        torch.testing.assert_close(layer, nn.functional.normalize(wanted, dim=-1), rtol=0, atol=0.02)
+        torch.testing.assert_close(layer, nn.functional.normalize(wanted, dim=-1))
     assert all(p.dtype == torch.float32 for p in network.parameters())
     assert float(distance(network(images), network(images.flip(0)))) > 1e-4
 

@@ -174,6 +174,14 @@ def test_errors_with_the_best_of_each_column(folders):
     assert re.findall(r'<td class="best">([\d.]+)', html) == ["0.01", "0.001"]
 
 
+@pytest.mark.parametrize("searched", [True, False])
+def test_without_both_kinds_of_solvers_no_ratio_is_told(searched, folders):
+    results = json.loads((folders / "compared" / "comparison.json").read_text())["results"]
+    change(folders / "compared", "comparison", results=[r for r in results if r["searched"] is searched])
+    page = read(report(folders))
+    assert page.row("ours" if searched else "unipc") and "over the best" not in page.text["caption"]
+
+
 def test_optional_errors_have_tables_of_their_own(folders):
     results = json.loads((folders / "compared" / "comparison.json").read_text())["results"]
     more = [{**r, "image_mse": r["mse"] / 2, "feature_distance": None} for r in results]
