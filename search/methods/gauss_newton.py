@@ -43,13 +43,24 @@ class Polish:
 
     Attributes:
         numbers: that move.
+        samples: training samples that the Jacobian is taken on; None: all.
         count: of them.
         shared_calls: by number, as the parametrisation tells them.
     """
 
-    def __init__(self, problem: Problem, candidate: Candidate, numbers: Parametrisation) -> None:
+    def __init__(
+        self, problem: Problem, candidate: Candidate, numbers: Parametrisation, samples: Samples | None = None
+    ) -> None:
         self.problem, self.candidate, self.numbers = problem, candidate, numbers
+        self.samples = samples or problem.train
         self.count, self.shared_calls = numbers.count, numbers.shared_calls
+
+    @property
+    def cost(self) -> int:
+        """Network evaluations of an iteration, over all processes."""
+        nfe, problem = self.candidate.nfe, self.problem
+        moved = sum(nfe - shared for shared in self.shared_calls)
+        return problem.cost(self.samples, nfe + moved) + problem.cost(problem.validation, nfe * len(DAMPINGS))
 
     def plan(self, parameters: Tensor) -> Plan:
         """The solver of parameters (count,)."""
@@ -66,7 +77,7 @@ class Polish:
         gram = torch.zeros(self.count, self.count, dtype=torch.float64)
         right = torch.zeros(self.count, dtype=torch.float64)
         plan = self.plan(parameters)
-        for batch in self.problem.batches(self.problem.train, plan, keep=True):
+        for batch in self.problem.batches(self.samples, plan, keep=True):
             run = batch.run(plan, shared_calls=1)
             difference = DIFFERENCES[run.final.dtype]
             here = batch.off(run).flatten()
@@ -93,41 +104,50 @@ def polish(
     numbers: Parametrisation,
     iterations: int,
     on_call: Callable[[], object] = lambda: None,
+    samples: Samples | None = None,
+    affords: Callable[[int], bool] = lambda evaluations: True,
 ) -> Candidate:
-    """The candidate after so many Gauss-Newton steps, each kept only if it lowers the validation error.
+    """The candidate after so many Gauss-Newton steps, each kept only if it lowers the validation error; the last one
+    is the first that does not.
 
     Args:
         candidate: a validated one.
         numbers: around it.
         on_call: as in `Polish.steps`.
+        samples: as in `Polish`.
+        affords: whether so many evaluations are to be had for an iteration.
     """
     if candidate.nfe == 1 or not numbers.count:
         return candidate  # one step has no freedom but its time, and nothing to compare it with
-    newton = Polish(problem, candidate, numbers)
+    newton = Polish(problem, candidate, numbers, samples)
     parameters, best = torch.zeros(newton.count, dtype=torch.float64), candidate
     for _ in range(iterations):
+        if not affords(newton.cost):
+            break
         before = best
         for tried in newton.steps(parameters, on_call):
             plan = newton.plan(tried)
             try:
-                error = problem.score(plan)
+                errors = problem.each(problem.validation, plan)
                 spec = problem.student.spec(plan)
             except ValueError:  # nodes or times that no longer fall: too long a step
                 continue
+            error = float(errors.mean())
             if comparable(error) < comparable(best.validation_mse):
-                best = replace(candidate, plan=plan, spec=spec, validation_mse=error)
+                best = replace(candidate, plan=plan, spec=spec, validation_mse=error, errors=errors)
                 parameters = tried
         if best is before:
             break
     if best is candidate:
         return candidate
-    return replace(best, train_mse=problem.mean_square(newton.errors(problem.train, parameters)))
+    return replace(best, train_mse=problem.mean_square(newton.errors(newton.samples, parameters)))
 
 
 def polished(problem: Problem, candidate: Candidate, settings: SearchConfig, log: Log) -> Candidate:
     """`polish` with the iterations, parametrisation and free groups of the settings."""
     numbers = parametrised(problem, candidate, settings.search_over, settings.parametrisation)
-    batches = -(-len(problem.train) // problem.batch_size)
+    samples = problem.train.below(settings.num_polish_samples)
+    batches = -(-len(samples) // problem.batch_size)
     differences = settings.polish * batches * numbers.count
     with log.progress(f"polish, {candidate.nfe} calls", "difference", differences) as advance:
-        return polish(problem, candidate, numbers, settings.polish, advance)
+        return polish(problem, candidate, numbers, settings.polish, advance, samples, log.affords)

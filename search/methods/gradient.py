@@ -116,7 +116,7 @@ class Descent:
             error, mse = self._held_out(plan)
             if math.isfinite(error) and comparable(error) < comparable(self.reached):
                 spec = self.problem.student.spec(plan)
-                self.best = replace(self.best, plan=plan, spec=spec, validation_mse=mse)
+                self.best = replace(self.best, plan=plan, spec=spec, validation_mse=mse, errors=None)
                 self.reached, self.since_best = error, 0
         except ValueError:
             pass  # nodes or times that no longer fall: too long a step

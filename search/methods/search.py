@@ -14,8 +14,9 @@ from tqdm.auto import tqdm
 from ..processes import from_main, launched
 from ..settings import SearchConfig
 from ..teacher.convergence import Convergence, convergence
+from .check import classical
 from .closed_form import closed_form
-from .fill import classical, entry_of, fill
+from .fill import fill, judged
 from .gradient import gradient
 from .log import Log
 from .paper import paper
@@ -52,6 +53,7 @@ def run(settings: SearchConfig, accelerator: Accelerator) -> Record:
         _try_out(setup)
     _settle_teacher(setup, record)
     problem, method = setup.problem(), METHODS[settings.method]
+    problem.known = record.state["solvers"]
     if problem.perceptual and missing:
         for samples in (problem.train, problem.validation):
             batches = -(-len(samples) // settings.batch_size)
@@ -108,7 +110,7 @@ def _find(
     record.log.begin()
     before, began = record.log.evaluations(), time.time()
     found = make(nfe)
-    entry = entry_of(found) if isinstance(found, Candidate) else found
+    entry = judged(problem, found, record.setup.settings) if isinstance(found, Candidate) else found
     if "classical_mse" not in entry:
-        entry["classical_mse"] = classical(problem, nfe)["validation_mse"]
+        entry["classical_mse"] = classical(problem, nfe)[0]["validation_mse"]
     record.keep(nfe, entry, kind, time.time() - began, before)
