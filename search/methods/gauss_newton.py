@@ -11,7 +11,7 @@ Source: Levenberg 1944, Marquardt 1963 (damped Gauss-Newton); the decoupled netw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 import torch
@@ -28,7 +28,9 @@ from .problem import DECIMALS, Candidate, Problem, Samples, comparable
 
 # of a logit or a weight, by the dtype of final states: smaller differences drown in its roundings
 DIFFERENCES = {torch.float64: 3e-3, torch.float32: 3e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
-DAMPINGS = (1e-3, 1e-2, 1e-1)
+DAMPINGS = (1e-3, 1e-2, 1e-1)  # all are tried
+IN_TURN = (1e-2, 1e-1, 1.0)  # of a quick polish: until one lowers the held-out error
+WORTH = 0.9  # of the error that an iteration began with: it goes on where less is left
 
 
 def parametrised(
@@ -71,7 +73,12 @@ class Polish:
         """Final states (B, ...) minus the teacher's."""
         return self.problem.errors(samples, self.plan(parameters))
 
-    def steps(self, parameters: Tensor, on_call: Callable[[], object] = lambda: None) -> list[Tensor]:
+    def steps(
+        self,
+        parameters: Tensor,
+        on_call: Callable[[], object] = lambda: None,
+        dampings: Sequence[float] = DAMPINGS,
+    ) -> list[Tensor]:
         """The parameters (count,) after a damped Gauss-Newton step from here, one per damping; `on_call` after each of
         the `count` differences of a batch."""
         gram = torch.zeros(self.count, self.count, dtype=torch.float64)
@@ -94,7 +101,7 @@ class Polish:
             right += as_float64(jacobian @ here.to(precision).to(device))
         gram, right = self.problem.reduce(gram), self.problem.reduce(right)
         scale = gram.diagonal().clamp(min=1e-9 * float(gram.diagonal().max()))
-        steps = [torch.linalg.solve(gram + mu * torch.diag(scale), right) for mu in DAMPINGS]
+        steps = [torch.linalg.solve(gram + mu * torch.diag(scale), right) for mu in dampings]
         return [(parameters - step).round(decimals=DECIMALS) for step in steps]
 
 
@@ -105,16 +112,18 @@ def polish(
     iterations: int,
     on_call: Callable[[], object] = lambda: None,
     samples: Samples | None = None,
+    quick: bool = False,
     affords: Callable[[int], bool] = lambda evaluations: True,
 ) -> Candidate:
     """The candidate after so many Gauss-Newton steps, each kept only if it lowers the validation error; the last one
-    is the first that does not.
+    is the first that does not, or that leaves more than `WORTH` of it to a quick polish.
 
     Args:
         candidate: a validated one.
         numbers: around it.
         on_call: as in `Polish.steps`.
         samples: as in `Polish`.
+        quick: try dampings in turn.
         affords: whether so many evaluations are to be had for an iteration.
     """
     if candidate.nfe == 1 or not numbers.count:
@@ -125,7 +134,7 @@ def polish(
         if not affords(newton.cost):
             break
         before = best
-        for tried in newton.steps(parameters, on_call):
+        for tried in newton.steps(parameters, on_call, IN_TURN if quick else DAMPINGS):
             plan = newton.plan(tried)
             try:
                 errors = problem.each(problem.validation, plan)
@@ -136,11 +145,13 @@ def polish(
             if comparable(error) < comparable(best.validation_mse):
                 best = replace(candidate, plan=plan, spec=spec, validation_mse=error, errors=errors)
                 parameters = tried
-        if best is before:
+                if quick:
+                    break
+        if best is before or (quick and best.validation_mse > WORTH * before.validation_mse):
             break
     if best is candidate:
         return candidate
-    return replace(best, train_mse=problem.mean_square(newton.errors(newton.samples, parameters)))
+    return replace(best, train_mse=float(problem.each(newton.samples, best.plan).mean()))
 
 
 def polished(problem: Problem, candidate: Candidate, settings: SearchConfig, log: Log) -> Candidate:
@@ -150,4 +161,5 @@ def polished(problem: Problem, candidate: Candidate, settings: SearchConfig, log
     batches = -(-len(samples) // problem.batch_size)
     differences = settings.polish * batches * numbers.count
     with log.progress(f"polish, {candidate.nfe} calls", "difference", differences) as advance:
-        return polish(problem, candidate, numbers, settings.polish, advance, samples, log.affords)
+        quick = not settings.starts
+        return polish(problem, candidate, numbers, settings.polish, advance, samples, quick, log.affords)
