@@ -157,7 +157,7 @@ class SearchConfig(ModelConfig):
         one_of(*EFFORTS),
     )
     num_train_samples: int = option("closed_form: samples that rows are fitted to", 32, COUNT, full=64)
-    num_trial_samples: int = option("closed_form: so many of them compare warps", 16, COUNT, full=32)
+    num_trial_samples: int = option("closed_form: so many of them compare warps", 12, COUNT, full=32)
     num_polish_samples: int = option("closed_form: so many of them show a polish its way", 8, COUNT, full=64)
     num_validation_samples: int = option("held-out samples that choose between candidates", 32, COUNT, full=32)
     teacher_steps: int = option("steps of the reference; 0: as few as meet teacher_tolerance", 50, full=200)
@@ -174,7 +174,7 @@ class SearchConfig(ModelConfig):
         "teacher_steps 0: mse of final states against twice the steps, over their variance", 1e-5, POSITIVE
     )
     trials: int = option(
-        "closed_form: warps tried per NFE by the best start, half of them by each other", 5, COUNT, full=40
+        "closed_form: warps tried per NFE by the best start, half of them by each other", 8, COUNT, full=40
     )
     starts: int = option(
         f"closed_form: places from which warps are searched, the best one's polished, 1 to {len(STARTS)}; 0: one, from "

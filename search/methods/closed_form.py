@@ -26,7 +26,7 @@ from ..pipeline.plan import Plan, warped_nodes
 from ..settings import STARTS, SearchConfig
 from .gauss_newton import polished
 from .log import Log
-from .prior import prior
+from .prior import starts
 from .problem import DECIMALS, Candidate, Problem, Reduce, Samples, StepWarp, comparable
 
 IDENTITY: StepWarp = (0.0, 0.0, 0.0)
@@ -172,14 +172,18 @@ def search_step_warp(fits: Fits, trials: int, ridge: float, starts: Sequence[Ste
     return min((validated(fits.problem, c) for c in finalists), key=lambda c: comparable(c.validation_mse))
 
 
-def search_near(fits: Fits, trials: int, ridge: float, start: StepWarp) -> Candidate:
-    """The best of a few warps near one start, fitted again to all training samples and held out. Trials are asked for
-    as long as they are affordable."""
-    problem, nfe = fits.problem, fits.nfe
-    search = _StepWarpSearch(fits, ridge, np.array(start) + np.array([IDENTITY, *(NARROW * np.eye(3))]))
-    cost = problem.cost(problem.trial, nfe - 1)
-    search.go(sum(fits.log.affords(k * cost) for k in range(1, trials + 1)))
-    best = search.best(1)[0].step_warp if search.seen else start
+def search_near(fits: Fits, trials: int, ridge: float, starts: Sequence[StepWarp]) -> Candidate:
+    """The best of so many warps, these starts first and then those near the best of them, fitted again to all training
+    samples and held out. What is not affordable is not tried."""
+    problem, step = fits.problem, NARROW * np.eye(3)
+    cost = problem.cost(problem.trial, fits.nfe - 1)
+    trials = sum(fits.log.affords(k * cost) for k in range(1, trials + 1))
+    tried = [fits(start, ridge, on_trial_samples=True) for start in starts[:trials]]
+    best = min(tried, key=lambda c: comparable(c.train_mse)).step_warp if tried else starts[0]
+    search = _StepWarpSearch(fits, ridge, np.array(best) + np.array([IDENTITY, *step]))
+    search.seen = {c.step_warp: c for c in tried}
+    search.go(trials - len(tried))
+    best = search.best(1)[0].step_warp if tried else best
     return validated(problem, fits(best, ridge))
 
 
@@ -191,12 +195,12 @@ def fits_of(trials: int, starts: int) -> tuple[int, int]:
 def fitted(problem: Problem, nfe: int, settings: SearchConfig, log: Log) -> Candidate:
     """The closed form alone, with the trials and starts of the settings."""
     if not settings.starts:
-        start = prior(problem.student.path, nfe, problem.known)
+        near = starts(problem.student.path, nfe, problem.known)
         with log.progress(f"closed form, {nfe} calls", "fit", settings.trials + 1) as advance:
-            return search_near(Fits(problem, nfe, log, advance), settings.trials, settings.ridge, start)
-    starts = STARTS[: settings.starts]
-    with log.progress(f"closed form, {nfe} calls", "fit", sum(fits_of(settings.trials, len(starts)))) as advance:
-        return search_step_warp(Fits(problem, nfe, log, advance), settings.trials, settings.ridge, starts)
+            return search_near(Fits(problem, nfe, log, advance), settings.trials, settings.ridge, near)
+    fixed = STARTS[: settings.starts]
+    with log.progress(f"closed form, {nfe} calls", "fit", sum(fits_of(settings.trials, len(fixed)))) as advance:
+        return search_step_warp(Fits(problem, nfe, log, advance), settings.trials, settings.ridge, fixed)
 
 
 def closed_form(problem: Problem, nfe: int, settings: SearchConfig, log: Log) -> Candidate:

@@ -15,7 +15,7 @@ from .check import Entry, checked, classical
 from .closed_form import Fits, closed_form, fitted, validated
 from .gauss_newton import polished
 from .log import Log
-from .prior import prior
+from .prior import starts
 from .problem import Candidate, Problem, comparable
 
 SOLVER_KEYS = ("nodes", "timesteps", "coefficients")  # of an entry: the solver alone
@@ -46,7 +46,7 @@ def _near(problem: Problem, nfe: int, settings: SearchConfig, log: Log) -> Candi
     were asked for."""
     if nfe <= settings.fill_polish_nfe:
         return closed_form(problem, nfe, settings, log)
-    return Fits(problem, nfe, log)(prior(problem.student.path, nfe, problem.known), settings.ridge, True)
+    return Fits(problem, nfe, log)(starts(problem.student.path, nfe, problem.known)[0], settings.ridge, True)
 
 
 def judged(problem: Problem, found: Candidate, settings: SearchConfig) -> Entry:

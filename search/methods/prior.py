@@ -9,6 +9,7 @@ import numpy as np
 
 from diffusers_dssolver.paths import FlowPath, Path
 
+from ..teacher.trajectories import WARPS as TEACHER_WARPS
 from .problem import StepWarp
 
 # by path, model and calls; clothes: search/demo, digits: models of 8 x 8 pixels
@@ -31,20 +32,16 @@ def interpolated(warps: Mapping[int, StepWarp], nfe: int) -> StepWarp:
     return a, b, c
 
 
-def prior(path: Path, nfe: int, known: Mapping[str, Any]) -> StepWarp:
-    """A warp to begin with: the mean of the models', moved as far as the nearest known step count is away from it.
+def starts(path: Path, nfe: int, known: Mapping[str, Any]) -> list[StepWarp]:
+    """Warps to begin with, the first one as it is if nothing can be tried: that of the nearest step count, each other
+    model's, and that of the teacher.
 
     Args:
         known: entries of this search's solvers by step count.
     """
-    models = WARPS["flow" if isinstance(path, FlowPath) else "vp"].values()
-
-    def mean(n: int) -> np.ndarray:
-        return np.mean([interpolated(warps, n) for warps in models], axis=0)
-
-    warp = mean(nfe)
+    kind = "flow" if isinstance(path, FlowPath) else "vp"
+    found = [interpolated(warps, nfe) for warps in WARPS[kind].values()] + [TEACHER_WARPS[kind]]
     if there := [int(n) for n, entry in known.items() if "warp" in entry]:
-        nearest = min(there, key=lambda n: (abs(n - nfe), n))
-        warp += known[str(nearest)]["warp"] - mean(nearest)
-    a, b, c = warp.round(3).tolist()
-    return a, b, c
+        a, b, c = known[str(min(there, key=lambda n: (abs(n - nfe), n)))]["warp"]
+        found.insert(0, (a, b, c))
+    return list(dict.fromkeys(found))
