@@ -17,6 +17,7 @@ from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DCondi
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
+from dssolver_search.methods.check import FEW
 from dssolver_search.methods.closed_form import KEEP, RIDGE_FACTORS, fits_of
 from dssolver_search.methods.gauss_newton import DAMPINGS
 from dssolver_search.settings import SearchConfig
@@ -83,15 +84,20 @@ def moved(n: int) -> int:
 
 def polish(c: SearchConfig, n: int) -> list[Work]:
     """Where it stands (the first call is known at first), what the differences move, N where it arrived; held out, N
-    per damping and iteration."""
-    works = [("polish", c.num_train_samples, c.polish * (n + moved(n)) - 1 + n)]
-    return [*works, ("held out", c.num_validation_samples, c.polish * len(DAMPINGS) * n)]
+    per damping and iteration; a quick one is content with the first damping."""
+    few, dampings = min(c.num_polish_samples, c.num_train_samples), len(DAMPINGS) if c.starts else 1
+    again = few < c.num_train_samples  # its first call is that of a batch of its own
+    works = [("polish", few, c.polish * (n + moved(n)) - 1 + n + again)]
+    return [*works, ("held out", c.num_validation_samples, c.polish * dampings * n)]
 
 
 def fitted(c: SearchConfig, n: int) -> list[Work]:
     """The search of a warp, all trials spent (those beyond the largest warp cost nothing); each set of samples has its
     first call in common."""
     train, held_out = c.num_train_samples, c.num_validation_samples
+    if not c.starts:
+        trials = ("trial fits", min(c.num_trial_samples, train), 1 + c.trials * (n - 1))
+        return [trials, ("final fits", train, n), ("held out", held_out, n)]
     few, judged = min(c.num_trial_samples, train), min(KEEP, c.trials) + len(RIDGE_FACTORS)
     trials, fits = fits_of(c.trials, c.starts)
     works = [("trial fits", few, 1 + trials * (n - 1)), ("final fits", train, 1 + fits * (n - 1))]
@@ -112,9 +118,20 @@ def solver(c: SearchConfig, n: int) -> list[Work]:
     return works
 
 
+def checked(c: SearchConfig, n: int, known: bool) -> list[Work]:
+    """The last check of a table, whose own errors on held-out samples are known or not: three classical solvers; of a
+    quick search, one on a few samples, where these leave no doubt."""
+    if c.starts or c.method == "paper":
+        return [("held out", c.num_validation_samples, 3 * (n - 1))]
+    return [("check", min(FEW, c.num_validation_samples), n if known else 2 * n - 1)]
+
+
 def filled(c: SearchConfig, n: int) -> list[Work]:
     """One table: a fit (below the fewest calls searched, a search), polished if that is cheap, and a derived solver
-    beside it."""
+    beside it; of a quick search, a fit to the trial samples, or all of it for the fewest calls."""
+    if not c.starts:
+        few = min(c.num_trial_samples, c.num_train_samples)
+        return solver(c, n) if n <= c.fill_polish_nfe else [("filled", few, n)]
     works = [("filled", c.num_train_samples, n), ("held out", c.num_validation_samples, n)]
     works = fitted(c, n) if n < min(c.nfe) else works
     works += [("held out", c.num_validation_samples, n)]
@@ -128,7 +145,7 @@ def search(c: SearchConfig) -> list[Work]:
     works = [("teacher", 0 if by_paper else train, c.teacher_steps), ("teacher, held out", held_out, c.teacher_steps)]
     works += [("its estimate", 1, CONVERGENCE_SAMPLES * 3 * c.teacher_steps)]  # all of it in every process
     works += [work for n in sorted(nfe) for work in solver(c, n)] + [work for n in others for work in filled(c, n)]
-    return [*works, ("held out", held_out, 3 * sum(n - 1 for n in nfe | others))]  # every table: three classical ones
+    return works + [w for n in nfe | others for w in checked(c, n, n in nfe or n <= c.fill_polish_nfe)]
 
 
 def busiest(works: list[Work], gpus: int = 1) -> int:
