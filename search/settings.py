@@ -157,8 +157,8 @@ class SearchConfig(ModelConfig):
         one_of(*EFFORTS),
     )
     num_train_samples: int = option("closed_form: samples that rows are fitted to", 32, COUNT, full=64)
-    num_trial_samples: int = option("closed_form: so many of them compare warps", 12, COUNT, full=32)
-    num_polish_samples: int = option("closed_form: so many of them show a polish its way", 8, COUNT, full=64)
+    num_trial_samples: int = option("closed_form: so many of them compare warps", 10, COUNT, full=32)
+    num_polish_samples: int = option("closed_form: so many of them show a polish its way", 7, COUNT, full=64)
     num_validation_samples: int = option("held-out samples that choose between candidates", 32, COUNT, full=32)
     teacher_steps: int = option("steps of the reference; 0: as few as meet teacher_tolerance", 50, full=200)
     teacher_order: int = option("order of the reference, 1 to 3", 3, ((lambda value: value in (1, 2, 3)), "1, 2 or 3"))

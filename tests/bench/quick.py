@@ -1,13 +1,12 @@
 """The default search beside the thorough one and the best of diffusers: evaluations and errors by model and step count.
 
     python -m tests.bench.quick [--output runs/bench-quick] [--models clothes-flow ..] [--seeds 0 1 2] [--efforts quick]
-        [--pictures cifar10-test.parquet] [--set trials=1 --name one_trial] [--update]
+        [--pictures cifar10-test.parquet] [--set trials=1 --name one_trial]
 
 Searches 5, 6, 8 and 10 calls and fills 3 to 20; then tries every table on test samples that no search has seen, against
 100 warped teacher steps of order 3. The prior lacks what was found on the model that is measured. Kernel densities are
 of the pictures of a parquet file, or of synthetic ones where none is given. What was run is kept under --output, so
-that a killed benchmark goes on. `--set` changes settings of the search, for an ablation. Prints tables; `--update` puts
-them into their document and search/results/bench-quick.json.
+that a killed benchmark goes on. `--set` changes settings of the search, for an ablation.
 """
 
 from __future__ import annotations
@@ -30,11 +29,9 @@ from dssolver_search.methods.search import search
 from dssolver_search.pipeline.student import Student
 from dssolver_search.settings import CompareConfig, SearchConfig
 from dssolver_search.teacher.trajectories import Teacher, taught
-from tests import documents
 from tests.kernel_density import from_parquet, pipeline_of, synthetic
 
 ROOT = Path(__file__).resolve().parents[2]
-FILE = ROOT / "search" / "results" / "bench-quick.json"
 MODELS = ("clothes-flow", "clothes-vp", "density-flow", "density-vp")
 NFES, FILLED, GUIDANCE, FEW, BATCH = (5, 6, 8, 10), range(3, 21), 1.5, 64, 32
 Errors = dict[str, float]  # mean and 95th percentile of final-state mse over test samples
@@ -127,7 +124,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--pictures", help="parquet file of the kernel densities")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=JSON", help="settings of the search")
     parser.add_argument("--name", help="of a search with other settings")
-    parser.add_argument("--update", action="store_true")
     given = parser.parse_args(argv)
     given.output.mkdir(parents=True, exist_ok=True)
     changes = {k: json.loads(v) for k, _, v in (word.partition("=") for word in given.set)}
@@ -146,9 +142,6 @@ def main(argv: Sequence[str] | None = None) -> None:
                 for seed in given.seeds
             ]
     print(table(found))
-    if given.update:
-        FILE.write_text(json.dumps(found, indent=1) + "\n")
-        documents.put("bench-quick", table(found))
 
 
 if __name__ == "__main__":
