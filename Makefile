@@ -59,6 +59,7 @@ bench: $(VENV)/.installed
 bench-search: $(VENV)/.installed
 	$(BIN)/python -m tests.bench.search --output "$(RUNS)/bench-search"
 	$(BIN)/python -m tests.bench.search --output "$(RUNS)/bench-search" --ablation --seeds 0
+	$(BIN)/python -m tests.bench.quick --output "$(RUNS)/bench-quick"
 	$(BIN)/python -m tests.bench.search --memory
 	$(BIN)/python -m tests.bench.search --precision
 	$(BIN)/python -m tests.bench.guidance --output "$(RUNS)/bench-guidance"

@@ -23,6 +23,7 @@ else:
 
 from diffusers_dssolver.solver import MAX_NFE
 
+EFFORTS = ("quick", "full")
 METHODS = ("closed_form", "gradient", "paper")
 OBJECTIVES = ("terminal", "trajectory", "mixed", "paper")
 PERCEPTUAL = "perceptual"  # the objective on decoded images
@@ -91,9 +92,12 @@ def budget_of(text: str) -> tuple[float, float | None]:
     return (math.inf, float(found[1]) * UNITS[found[2][0]]) if found[2] else (float(found[1]), None)
 
 
-def option(help: str, default: Any, rule: Rule | None = None) -> Any:
-    """A dataclass field with its help text and the rule for its values."""
-    metadata = {"help": help, "rule": rule}
+def option(help: str, default: Any, rule: Rule | None = None, full: Any = None) -> Any:
+    """A dataclass field with its help text and the rule for its values. Where `full` is given, the default is that of
+    `effort` quick, and `full` that of effort full."""
+    metadata: dict[str, Any] = {"help": help, "rule": rule}
+    if full is not None:
+        return field(default=None, metadata={**metadata, "efforts": {"quick": default, "full": full}})
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -109,6 +113,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         for entry in dataclasses.fields(self):
+            if getattr(self, entry.name) is None and "efforts" in entry.metadata:
+                object.__setattr__(self, entry.name, _default(entry, self))
             value, rule = getattr(self, entry.name), entry.metadata["rule"]
             if rule is REQUIRED and not value:
                 raise ValueError(f"{entry.name} is missing; give --{entry.name}")
@@ -147,7 +153,7 @@ class ModelConfig(Settings):
     def changed(self) -> dict[str, Any]:
         """The settings that are not their defaults, without the folder for the results."""
         entries = [entry for entry in dataclasses.fields(self) if entry.name != "output_dir"]
-        return {e.name: getattr(self, e.name) for e in entries if getattr(self, e.name) != _default(e)}
+        return {e.name: getattr(self, e.name) for e in entries if getattr(self, e.name) != _default(e, self)}
 
     @property
     def call_arguments(self) -> dict[str, Any]:
@@ -164,10 +170,16 @@ class SearchConfig(ModelConfig):
         "closed_form",
         one_of(*METHODS),
     )
-    num_train_samples: int = option("closed_form: samples that rows are fitted to", 64, COUNT)
-    num_trial_samples: int = option("closed_form: so many of them compare warps", 32, COUNT)
-    num_validation_samples: int = option("held-out samples that choose between candidates", 32, COUNT)
-    teacher_steps: int = option("steps of the reference; 0: as few as meet teacher_tolerance", 200)
+    effort: str = option(
+        "quick (begins where searches of other models ended) or full (ten times the evaluations): the defaults below",
+        "quick",
+        one_of(*EFFORTS),
+    )
+    num_train_samples: int = option("closed_form: samples that rows are fitted to", 32, COUNT, full=64)
+    num_trial_samples: int = option("closed_form: so many of them compare warps", 10, COUNT, full=32)
+    num_polish_samples: int = option("closed_form: so many of them show a polish its way", 7, COUNT, full=64)
+    num_validation_samples: int = option("held-out samples that choose between candidates", 32, COUNT, full=32)
+    teacher_steps: int = option("steps of the reference; 0: as few as meet teacher_tolerance", 50, full=200)
     teacher_order: int = option("order of the reference, 1 to 3", 3, ((lambda value: value in (1, 2, 3)), "1, 2 or 3"))
     teacher_end: float = option(
         "time, from 1 (noise) to 0 (data), from which the reference goes to the data in one step; 0: it does not",
@@ -180,11 +192,15 @@ class SearchConfig(ModelConfig):
     teacher_tolerance: float = option(
         "teacher_steps 0: mse of final states against twice the steps, over their variance", 1e-5, POSITIVE
     )
-    trials: int = option("closed_form: warps tried per NFE by the best start, half of them by each other", 40, COUNT)
+    trials: int = option(
+        "closed_form: warps tried per NFE by the best start, half of them by each other", 8, COUNT, full=40
+    )
     starts: int = option(
-        f"closed_form: places from which warps are searched, the best one's polished, 1 to {len(STARTS)}",
-        len(STARTS),
-        between(1, len(STARTS)),
+        f"closed_form: places from which warps are searched, the best one's polished, 1 to {len(STARTS)}; 0: one, from "
+        "the nearest step count and other models",
+        0,
+        between(0, len(STARTS)),
+        full=len(STARTS),
     )
     polish: int = option("closed_form: Gauss-Newton iterations after it, forward evaluations too", 2, NOT_NEGATIVE)
     polish_nfe: int = option("largest NFE that is polished; the cost grows with the cube of it", 20, NOT_NEGATIVE)
@@ -205,7 +221,7 @@ class SearchConfig(ModelConfig):
     )
     ridge: float = option("closed_form: pull of each row towards the classical one", 1e-4, POSITIVE)
     fill_nfe: list[int] = option("closed_form: other step counts that get a table, first and last", [3, 20], RANGE)
-    fill_polish_nfe: int = option("largest of these that is polished", 8, NOT_NEGATIVE)
+    fill_polish_nfe: int = option("largest of these that is polished", 4, NOT_NEGATIVE, full=8)
     num_generated_samples: int = option("paper: samples generated during the search", 50_000, COUNT)
     train_batch_size: int = option("paper: samples per update, over all processes", 32, COUNT)
     learning_rate: float = option("paper: of Lion, constant", 1e-2, POSITIVE)
@@ -485,7 +501,14 @@ def _kinds(hint: Any) -> tuple[type, ...]:
     return tuple(typing.get_origin(p) or p for p in parts)
 
 
-def _default(entry: dataclasses.Field[Any]) -> Any:
+def _default(entry: dataclasses.Field[Any], settings: Any = None) -> Any:
+    """Of these settings; where there are none, as the help tells it."""
+    if efforts := entry.metadata.get("efforts"):
+        return (
+            efforts["full" if settings.method == "paper" else settings.effort]
+            if settings
+            else " or ".join(f"{k} {v}" for k, v in efforts.items())
+        )
     return entry.default if entry.default_factory is MISSING else entry.default_factory()
 
 

@@ -14,8 +14,9 @@ class Killed(Exception):
 
 
 CLOSED_FORM = {
-    "nfe": [3, 4], "fill_nfe": [3, 5], "trials": 6, "num_train_samples": 4, "num_validation_samples": 3,
-    "num_trial_samples": 3, "teacher_steps": 20, "guidance_scale": 1.5, "batch_size": 4, "seed": 5, "polish": 1,
+    "effort": "full", "nfe": [3, 4], "fill_nfe": [3, 5], "trials": 6, "num_train_samples": 4,
+    "num_validation_samples": 3, "num_trial_samples": 3, "teacher_steps": 20, "guidance_scale": 1.5, "batch_size": 4,
+    "seed": 5, "polish": 1,
     "fill_polish_nfe": 4,
 }  # fmt: skip
 

@@ -22,23 +22,18 @@ from torch import Tensor
 from diffusers_dssolver.paths import as_float64
 from diffusers_dssolver.solver import SolverSpec
 
-from ..pipeline.plan import Plan, nodes_from_logits
+from ..pipeline.plan import Plan, warped_nodes
 from ..settings import STARTS, SearchConfig
 from .gauss_newton import polished
 from .log import Log
+from .prior import starts
 from .problem import DECIMALS, Candidate, Problem, Reduce, Samples, StepWarp, comparable
 
 IDENTITY: StepWarp = (0.0, 0.0, 0.0)
 MAX_STEP_WARP = 15.0  # beyond it step sizes vanish in float64
 KEEP = 5  # warps of the best start that are fitted again to all training samples
+SIMPLEX, NARROW = 0.8, 0.4  # first steps of a warp search, from fixed starts and from a prior
 RIDGE_FACTORS = (10, 100)  # tried on the best warp besides the ridge that the search ran with
-
-
-def warped_nodes(step_warp: Sequence[float], nfe: int) -> Tensor:
-    """nfe + 1 nodes from 1 to 0 whose step sizes are softmax(a u + b u^2 + c u^3); (nfe + 1,) float64."""
-    u = torch.linspace(-1, 1, nfe, dtype=torch.float64) if nfe > 1 else torch.zeros(1, dtype=torch.float64)
-    powers = torch.stack([u, u**2, u**3])
-    return nodes_from_logits(torch.tensor(step_warp, dtype=torch.float64) @ powers)
 
 
 class RowFit:
@@ -87,7 +82,8 @@ def fit(problem: Problem, nfe: int, step_warp: Sequence[float], ridge: float, sa
 
 def validated(problem: Problem, candidate: Candidate) -> Candidate:
     """The candidate with its validation error measured."""
-    return replace(candidate, validation_mse=problem.score(candidate.plan))
+    errors = problem.each(problem.validation, candidate.plan)
+    return replace(candidate, validation_mse=float(errors.mean()), errors=errors)
 
 
 @dataclass
@@ -159,7 +155,7 @@ def search_step_warp(fits: Fits, trials: int, ridge: float, starts: Sequence[Ste
     these with larger ridges too.
     """
     half = trials if len(starts) == 1 else -(-trials // 2)
-    simplex = np.array([IDENTITY, *(0.8 * np.eye(3))])
+    simplex = np.array([IDENTITY, *(SIMPLEX * np.eye(3))])
     searches = [_StepWarpSearch(fits, ridge, np.array(start) + simplex) for start in starts]
     firsts = []
     for one in searches:
@@ -176,6 +172,21 @@ def search_step_warp(fits: Fits, trials: int, ridge: float, starts: Sequence[Ste
     return min((validated(fits.problem, c) for c in finalists), key=lambda c: comparable(c.validation_mse))
 
 
+def search_near(fits: Fits, trials: int, ridge: float, starts: Sequence[StepWarp]) -> Candidate:
+    """The best of so many warps, these starts first and then those near the best of them, fitted again to all training
+    samples and held out. What is not affordable is not tried."""
+    problem, step = fits.problem, NARROW * np.eye(3)
+    cost = problem.cost(problem.trial, fits.nfe - 1)
+    trials = sum(fits.log.affords(k * cost) for k in range(1, trials + 1))
+    tried = [fits(start, ridge, on_trial_samples=True) for start in starts[:trials]]
+    best = min(tried, key=lambda c: comparable(c.train_mse)).step_warp if tried else starts[0]
+    search = _StepWarpSearch(fits, ridge, np.array(best) + np.array([IDENTITY, *step]))
+    search.seen = {c.step_warp: c for c in tried}
+    search.go(trials - len(tried))
+    best = search.best(1)[0].step_warp if tried else best
+    return validated(problem, fits(best, ridge))
+
+
 def fits_of(trials: int, starts: int) -> tuple[int, int]:
     """How many fits `search_step_warp` makes at most: to trial samples, to all training samples."""
     return trials + (starts - 1) * -(-trials // 2), starts - 1 + min(KEEP, trials) + len(RIDGE_FACTORS)
@@ -183,9 +194,13 @@ def fits_of(trials: int, starts: int) -> tuple[int, int]:
 
 def fitted(problem: Problem, nfe: int, settings: SearchConfig, log: Log) -> Candidate:
     """The closed form alone, with the trials and starts of the settings."""
-    starts = STARTS[: settings.starts]
-    with log.progress(f"closed form, {nfe} calls", "fit", sum(fits_of(settings.trials, len(starts)))) as advance:
-        return search_step_warp(Fits(problem, nfe, log, advance), settings.trials, settings.ridge, starts)
+    if not settings.starts:
+        near = starts(problem.student.path, nfe, problem.known)
+        with log.progress(f"closed form, {nfe} calls", "fit", settings.trials + 1) as advance:
+            return search_near(Fits(problem, nfe, log, advance), settings.trials, settings.ridge, near)
+    fixed = STARTS[: settings.starts]
+    with log.progress(f"closed form, {nfe} calls", "fit", sum(fits_of(settings.trials, len(fixed)))) as advance:
+        return search_step_warp(Fits(problem, nfe, log, advance), settings.trials, settings.ridge, fixed)
 
 
 def closed_form(problem: Problem, nfe: int, settings: SearchConfig, log: Log) -> Candidate:

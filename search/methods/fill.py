@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -12,32 +11,47 @@ from diffusers_dssolver.solver import SolverSpec
 
 from ..pipeline.plan import Plan
 from ..settings import SearchConfig
-from .closed_form import IDENTITY, Fits, fitted, validated, warped_nodes
-from .gauss_newton import parametrised, polish
+from .check import Entry, checked, classical
+from .closed_form import Fits, closed_form, fitted, validated
+from .gauss_newton import polished
 from .log import Log
+from .prior import starts
 from .problem import Candidate, Problem, comparable
-
-Entry = dict[str, Any]  # a solver as it stands in the state: its numbers, and how they were found
 
 SOLVER_KEYS = ("nodes", "timesteps", "coefficients")  # of an entry: the solver alone
 
 
 def fill(problem: Problem, nfe: int, settings: SearchConfig, searched: Mapping[int, Entry], log: Log) -> Entry:
     """The best on held-out samples of three solvers: a fitted one, the one that the scheduler derives from its
-    neighbours, and the best classical one.
+    neighbours, and the best classical one. With no `starts`, the fitted one, unless a check prefers the classical.
 
     Args:
         searched: entries of the step counts that were searched.
     """
+    if not settings.starts:
+        return judged(problem, _near(problem, nfe, settings, log), settings)
     choices = {
         "closed_form": entry_of(_fitted(problem, nfe, settings, searched, log)),
         "derived": derived(problem, nfe, searched),
-        "classical": classical(problem, nfe),
+        "classical": classical(problem, nfe)[0],
     }
     errors = {name: entry["validation_mse"] for name, entry in choices.items()}
     source = min(errors, key=lambda name: comparable(errors[name]))
     rejected = {name: error for name, error in errors.items() if name != source}
     return {**choices[source], "source": source, "rejected": rejected, "classical_mse": errors["classical"]}
+
+
+def _near(problem: Problem, nfe: int, settings: SearchConfig, log: Log) -> Candidate:
+    """Rows fitted to the trial samples, on the warp of the nearest step count. Few calls are searched like those that
+    were asked for."""
+    if nfe <= settings.fill_polish_nfe:
+        return closed_form(problem, nfe, settings, log)
+    return Fits(problem, nfe, log)(starts(problem.student.path, nfe, problem.known)[0], settings.ridge, True)
+
+
+def judged(problem: Problem, found: Candidate, settings: SearchConfig) -> Entry:
+    """What stands in the state of a solver that was found, after the last check."""
+    return checked(problem, entry_of(found), found.plan, found.errors, thorough=bool(settings.starts))
 
 
 def _fitted(problem: Problem, nfe: int, settings: SearchConfig, searched: Mapping[int, Entry], log: Log) -> Candidate:
@@ -52,8 +66,7 @@ def _fitted(problem: Problem, nfe: int, settings: SearchConfig, searched: Mappin
         found = validated(problem, Fits(problem, nfe, log)(warp, searched[nearest]["ridge"]))
     if nfe > settings.fill_polish_nfe:
         return found
-    numbers = parametrised(problem, found, settings.search_over, settings.parametrisation)
-    return polish(problem, found, numbers, settings.polish)
+    return polished(problem, found, settings, log)
 
 
 def derived(problem: Problem, nfe: int, searched: Mapping[int, Entry]) -> Entry:
@@ -61,15 +74,6 @@ def derived(problem: Problem, nfe: int, searched: Mapping[int, Entry]) -> Entry:
     specs = {n: SolverSpec.from_dict(solver_of(entry)) for n, entry in searched.items()}
     spec = from_neighbours(specs, nfe, problem.student.path)
     return {**spec.to_dict(), "validation_mse": problem.score(Plan.of(spec))}
-
-
-def classical(problem: Problem, nfe: int) -> Entry:
-    """The best classical solver on uniform nodes, of order 1 to 3."""
-    tried = []
-    for order in (1, 2, 3):
-        plan = Plan(warped_nodes(IDENTITY, nfe), order=order)
-        tried.append({"validation_mse": problem.score(plan), **problem.student.spec(plan).to_dict()})
-    return min(tried, key=lambda entry: comparable(entry["validation_mse"]))
 
 
 def solver_of(entry: Entry) -> Entry:

@@ -113,10 +113,10 @@ class Descent:
         plan = current(self.parameters)
         self.since_best += 1
         try:
-            error, mse = self._held_out(plan)
+            error, mse, errors = self._held_out(plan)
             if math.isfinite(error) and comparable(error) < comparable(self.reached):
                 spec = self.problem.student.spec(plan)
-                self.best = replace(self.best, plan=plan, spec=spec, validation_mse=mse)
+                self.best = replace(self.best, plan=plan, spec=spec, validation_mse=mse, errors=errors)
                 self.reached, self.since_best = error, 0
         except ValueError:
             pass  # nodes or times that no longer fall: too long a step
@@ -137,10 +137,11 @@ class Descent:
         sampler.network_evaluations += BACKWARD * (sampler.network_evaluations - before)
         return made
 
-    def _held_out(self, plan: Plan) -> tuple[float, float]:
-        """(error by which the best is kept, final-state mse) on held-out samples."""
-        error = self.problem.score(plan)
-        return error, error
+    def _held_out(self, plan: Plan) -> tuple[float, float, Tensor | None]:
+        """(error by which the best is kept, final-state mse, that of each, if it is known) on held-out samples."""
+        errors = self.problem.each(self.problem.validation, plan)
+        mse = float(errors.mean())
+        return mse, mse, errors
 
 
 class PerceptualDescent(Descent):
@@ -172,8 +173,8 @@ class PerceptualDescent(Descent):
         )
         return self.perceptual.loss(run.output, batch.samples)
 
-    def _held_out(self, plan: Plan) -> tuple[float, float]:
-        return self.perceptual.held_out(self.problem, plan)
+    def _held_out(self, plan: Plan) -> tuple[float, float, Tensor | None]:
+        return *self.perceptual.held_out(self.problem, plan), None
 
 
 def gradient(problem: Problem, nfe: int, settings: SearchConfig, log: Log) -> Candidate:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +40,7 @@ class Candidate:
         plan: its unshifted nodes, rows and offsets.
         spec: the solver as it is published.
         train_mse, validation_mse: of final states, on the samples it was fitted to and on held-out ones.
+        errors: of each held-out sample, as `Problem.each` tells them.
     """
 
     step_warp: StepWarp
@@ -48,6 +49,7 @@ class Candidate:
     spec: SolverSpec
     train_mse: float
     validation_mse: float = float("nan")
+    errors: Tensor | None = None
 
     @property
     def nfe(self) -> int:
@@ -68,6 +70,10 @@ class Samples:
     def part(self, first: int, last: int) -> Samples:
         """Those from place `first` to before `last`."""
         return Samples(self.split, self.indices[first:last], self.teacher.part(slice(first, last)))
+
+    def below(self, index: int) -> Samples:
+        """Those of a smaller index: of all processes together, so many."""
+        return self.part(0, sum(i < index for i in self.indices))
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +125,7 @@ class Problem:
         accelerator: the processes.
         differentiable: which of `GROUPS` get gradients through the pipeline.
         perceptual: the objective on decoded images, if it is asked for.
+        known: entries of the step counts (text) that are done.
     """
 
     student: Student
@@ -131,6 +138,7 @@ class Problem:
     accelerator: Accelerator = field(default_factory=Accelerator)
     differentiable: Collection[str] = GROUPS
     perceptual: Any = None
+    known: Mapping[str, Any] = field(default_factory=dict)
     _first_calls: dict[Any, Replay] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -172,9 +180,23 @@ class Problem:
         """Final states (B, ...) minus the teacher's, of all of this process's samples."""
         return torch.cat([batch.errors(plan, shared_calls=1) for batch in self.batches(samples, plan)])
 
+    def each(self, samples: Samples, plan: Plan) -> Tensor:
+        """Mean squared error of the final state of each sample of every process, (n,) float64 in their order."""
+        whole = torch.zeros(int(self.reduce(torch.tensor(len(samples)))), dtype=torch.float64)
+        for batch in self.batches(samples, plan):
+            errors = as_float64(batch.errors(plan, shared_calls=1)).square()
+            whole[list(batch.samples.indices)] = errors.flatten(1).mean(1)
+        return self.reduce(whole)
+
     def score(self, plan: Plan) -> float:
         """Mean squared error of final states on every process's held-out samples."""
-        return self.mean_square(self.errors(self.validation, plan))
+        return float(self.each(self.validation, plan).mean())
+
+    def cost(self, samples: Samples, calls: int) -> int:
+        """Network evaluations of so many calls on each of these samples, over all processes, as the teacher's were."""
+        teacher = self.train.teacher
+        a_call = teacher.network_evaluations / (len(self.train) * (len(teacher.angles) - 1))
+        return round(a_call * calls * float(self.reduce(torch.tensor(len(samples)))))
 
     def mean_square(self, errors: Tensor) -> float:
         """Over every process's samples."""

@@ -38,7 +38,8 @@ OWN_KEYS = (
 )  # fmt: skip
 # of each entry, in the provenance
 RECORDED = (
-    "kind", "source", "validation_mse", "classical_mse", "rejected", "warp", "ridge", "parameters", "stages"
+    "kind", "source", "validation_mse", "validation_tail", "classical_mse", "classical_tail", "held_out", "ratio",
+    "rejected", "warp", "ridge", "parameters", "stages",
 )  # fmt: skip
 
 
@@ -183,7 +184,7 @@ class Record:
             f"{'NFE':>4} {'kind':20} {'classical':>10} {'ours':>10} {'ratio':>6} {'evaluations':>12} {'seconds':>8}",
         ]
         for n, e in sorted(self.state["solvers"].items(), key=lambda item: int(item[0])):
-            ratio = e["validation_mse"] / e["classical_mse"]
+            ratio = e.get("ratio", e["validation_mse"] / e["classical_mse"])
             note = "  worse than classical" if ratio > 1 else ""
             kind = e["kind"] + (f", {e['source']}" if "source" in e else "")
             lines.append(

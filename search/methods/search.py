@@ -15,8 +15,9 @@ from ..processes import from_main, launched
 from ..settings import SearchConfig
 from ..teacher.convergence import CONVERGENCE_SAMPLES, Convergence, convergence
 from .budget import fit_cost, search_cost
+from .check import Entry, classical
 from .closed_form import closed_form
-from .fill import Entry, classical, entry_of, fill
+from .fill import fill, judged
 from .gradient import gradient
 from .log import Log
 from .paper import paper
@@ -61,6 +62,7 @@ def carry_out(record: Record) -> None:
         setup.shrink(1, record.state.get("shrunk", {}))
     setup.fitting(lambda: _settle_teacher(setup, record), CONVERGENCE_SAMPLES)
     problem, settings = setup.problem(), setup.settings
+    problem.known = record.state["solvers"]
     method = METHODS[settings.method]
     if problem.perceptual and missing:
         for samples in (problem.train, problem.validation):
@@ -144,9 +146,9 @@ def _find(
         record.log.begin()
         problem.run_together(record.setup.batch_size)
         found = make(nfe)
-        entry = entry_of(found) if isinstance(found, Candidate) else found
+        entry = judged(problem, found, record.setup.settings) if isinstance(found, Candidate) else found
         if "classical_mse" not in entry:
-            entry["classical_mse"] = classical(problem, nfe)["validation_mse"]
+            entry["classical_mse"] = classical(problem, nfe)[0]["validation_mse"]
         return entry
 
     entry = record.setup.fitting(work)

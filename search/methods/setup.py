@@ -33,7 +33,7 @@ from .problem import Problem, Samples
 NOT_IN_KEY = ("nfe", "output_dir", "batch_size", "fill_nfe", "resume_from_checkpoint")
 # settings that are gone or came later, at their defaults: folders of searches that do not use them keep their keys
 GONE = {"guidance_scales": [], "teacher_scheduler": "", "optimizer": "lbfgs"}
-LATER = {"parametrisation": "corrections", "budget": ""}
+LATER = {"parametrisation": "corrections", "budget": "", "effort": "full", "num_polish_samples": 64}
 DISTILLED = ("turbo", "lightning", "schnell", "lcm", "distilled")  # in names of models
 T = TypeVar("T")
 Callback = Callable[[dict[str, Any]], object]
@@ -81,7 +81,8 @@ class Setup:
         self.folder = Path(settings.output_dir) if settings.output_dir else None
         self.student = Student(self.sampler)
         check_end("teacher_end", settings.teacher_end, pipe.scheduler.config)
-        self.teacher = Teacher(settings.teacher_steps, settings.teacher_order, settings.teacher_end)
+        warped = settings.effort == "quick" and settings.method != "paper"
+        self.teacher = Teacher(settings.teacher_steps, settings.teacher_order, settings.teacher_end, warped)
         if settings.parametrisation not in PARAMETRISATIONS:
             known = " or ".join(PARAMETRISATIONS)
             raise ValueError(f"parametrisation is {settings.parametrisation!r}; it must be {known}")

@@ -125,6 +125,14 @@ def nodes_from_logits(logits: Tensor) -> Tensor:
     return torch.cat([torch.ones(1, dtype=torch.float64), falling[:-1], torch.zeros(1, dtype=torch.float64)])
 
 
+def warped_nodes(step_warp: Sequence[float], nfe: int) -> Tensor:
+    """nfe + 1 nodes from 1 to 0 whose step sizes are softmax(a u + b u^2 + c u^3), u from -1 to 1; (nfe + 1,)
+    float64."""
+    u = torch.linspace(-1, 1, nfe, dtype=torch.float64) if nfe > 1 else torch.zeros(1, dtype=torch.float64)
+    powers = torch.stack([u, u**2, u**3])
+    return nodes_from_logits(torch.tensor(step_warp, dtype=torch.float64) @ powers)
+
+
 def shifted(unshifted_nodes: Tensor, path: Path, shift: Shift | None) -> Tensor:
     """Nodes (N+1,) as they are integrated on a path: on flow paths with the resolution shift; differentiable."""
     if shift is None:

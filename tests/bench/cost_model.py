@@ -17,6 +17,7 @@ from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DCondi
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
+from dssolver_search.methods.check import FEW
 from dssolver_search.methods.closed_form import KEEP, RIDGE_FACTORS, fits_of
 from dssolver_search.methods.gauss_newton import DAMPINGS
 from dssolver_search.settings import SearchConfig
@@ -24,6 +25,7 @@ from dssolver_search.teacher.convergence import CONVERGENCE_SAMPLES
 from tests import documents
 
 PEAK, UTILISATION = 989.0, 0.4  # TFLOP/s of an H100, bfloat16, dense; the share of it that is reached
+CONSUMER = 165.2  # the same of an RTX 4090, which has 24 GB
 GPUS = (1, 8, 32, 512)
 Work = tuple[str, int, int]  # stage; samples, which are shared out over the GPUs; calls of each, one after the other
 
@@ -83,15 +85,20 @@ def moved(n: int) -> int:
 
 def polish(c: SearchConfig, n: int) -> list[Work]:
     """Where it stands (the first call is known at first), what the differences move, N where it arrived; held out, N
-    per damping and iteration."""
-    works = [("polish", c.num_train_samples, c.polish * (n + moved(n)) - 1 + n)]
-    return [*works, ("held out", c.num_validation_samples, c.polish * len(DAMPINGS) * n)]
+    per damping and iteration; a quick one is content with the first damping."""
+    few, dampings = min(c.num_polish_samples, c.num_train_samples), len(DAMPINGS) if c.starts else 1
+    again = few < c.num_train_samples  # its first call is that of a batch of its own
+    works = [("polish", few, c.polish * (n + moved(n)) - 1 + n + again)]
+    return [*works, ("held out", c.num_validation_samples, c.polish * dampings * n)]
 
 
 def fitted(c: SearchConfig, n: int) -> list[Work]:
     """The search of a warp, all trials spent (those beyond the largest warp cost nothing); each set of samples has its
     first call in common."""
     train, held_out = c.num_train_samples, c.num_validation_samples
+    if not c.starts:
+        trials = ("trial fits", min(c.num_trial_samples, train), 1 + c.trials * (n - 1))
+        return [trials, ("final fits", train, n), ("held out", held_out, n)]
     few, judged = min(c.num_trial_samples, train), min(KEEP, c.trials) + len(RIDGE_FACTORS)
     trials, fits = fits_of(c.trials, c.starts)
     works = [("trial fits", few, 1 + trials * (n - 1)), ("final fits", train, 1 + fits * (n - 1))]
@@ -112,9 +119,20 @@ def solver(c: SearchConfig, n: int) -> list[Work]:
     return works
 
 
+def checked(c: SearchConfig, n: int, known: bool) -> list[Work]:
+    """The last check of a table, whose own errors on held-out samples are known or not: three classical solvers; of a
+    quick search, one on a few samples, where these leave no doubt."""
+    if c.starts or c.method == "paper":
+        return [("held out", c.num_validation_samples, 3 * (n - 1))]
+    return [("check", min(FEW, c.num_validation_samples), n if known else 2 * n - 1)]
+
+
 def filled(c: SearchConfig, n: int) -> list[Work]:
     """One table: a fit (below the fewest calls searched, a search), polished if that is cheap, and a derived solver
-    beside it."""
+    beside it; of a quick search, a fit to the trial samples, or all of it for the fewest calls."""
+    if not c.starts:
+        few = min(c.num_trial_samples, c.num_train_samples)
+        return solver(c, n) if n <= c.fill_polish_nfe else [("filled", few, n)]
     works = [("filled", c.num_train_samples, n), ("held out", c.num_validation_samples, n)]
     works = fitted(c, n) if n < min(c.nfe) else works
     works += [("held out", c.num_validation_samples, n)]
@@ -128,7 +146,7 @@ def search(c: SearchConfig) -> list[Work]:
     works = [("teacher", 0 if by_paper else train, c.teacher_steps), ("teacher, held out", held_out, c.teacher_steps)]
     works += [("its estimate", 1, CONVERGENCE_SAMPLES * 3 * c.teacher_steps)]  # all of it in every process
     works += [work for n in sorted(nfe) for work in solver(c, n)] + [work for n in others for work in filled(c, n)]
-    return [*works, ("held out", held_out, 3 * sum(n - 1 for n in nfe | others))]  # every table: three classical ones
+    return works + [w for n in nfe | others for w in checked(c, n, n in nfe or n <= c.fill_polish_nfe)]
 
 
 def busiest(works: list[Work], gpus: int = 1) -> int:
@@ -148,21 +166,25 @@ def table(*rows: tuple[Any, ...]) -> str:
 
 def report(peak: float = PEAK, utilisation: float = UTILISATION) -> str:
     c = SearchConfig("model", "folder", nfe=[5, 6, 8, 10])
-    settings = c, replace(c, method="gradient"), replace(c, method="paper", nfe=[10])
-    runs = {s.method: search(s) for s in settings}
+    full = SearchConfig("model", "folder", nfe=[5, 6, 8, 10], effort="full")
+    runs = {"closed_form": search(c), "closed_form, effort full": search(full)}
+    runs |= {"gradient": search(replace(c, method="gradient"))}
+    runs |= {"paper": search(SearchConfig("model", "folder", nfe=[10], method="paper"))}
     most = min(c.num_trial_samples, c.num_train_samples, c.num_validation_samples)  # each process needs one of all
     cached = (c.teacher_steps + 1) * (c.num_train_samples + c.num_validation_samples)
     models = [("", "numbers", "TFLOPs", "in attention", "seconds (assumed)", "teacher cache", "polish Jacobian")]
-    costs = [("", "method", "evaluations", *(f"hours on {g}" for g in GPUS), f"idle of {GPUS[-1]}")]
+    minutes = "minutes on an RTX 4090", "minutes on an H100"
+    costs = [("", "method", "evaluations", *minutes, *(f"hours on {g} H100" for g in GPUS[1:]), f"idle of {GPUS[-1]}")]
     for model in MODELS:
         size, count = measured(model)
         total, latent = sum(count.values()), 4 * math.prod(next(iter(model.inputs.values()))) / 1e9
         second, share = total / (peak * 1e12 * utilisation), count["bmm"] / total  # every bmm is of attention
-        memory = f"{latent * cached:.1f} GB", f"{latent * min(c.batch_size, c.num_train_samples) * numbers(10):.1f} GB"
+        memory = f"{latent * cached:.1f} GB", f"{latent * min(c.batch_size, c.num_polish_samples) * numbers(10):.1f} GB"
         models += [(model.name, f"{size / 1e9:.2f} B", f"{total / 1e12:.1f}", f"{share:.0%}", f"{second:.3f}", *memory)]
         for method, works in runs.items():
             hours = [model.guided * second * busiest(works, g) / 3600 for g in GPUS]
-            cells = f"{model.guided * busiest(works):,}", *(f"{h:.3g}" for h in hours)
+            one = 60 * hours[0] * peak / CONSUMER, 60 * hours[0]
+            cells = f"{model.guided * busiest(works):,}", *(f"{m:,.0f}" for m in one), *(f"{h:.3g}" for h in hours[1:])
             costs += [(model.name, method, *cells, f"{1 - hours[0] / (GPUS[-1] * hours[-1]):.0%}")]
     shares = [("stage", "samples", *(f"calls, {method}" for method in runs), *(f"idle of {g}" for g in GPUS[1:]))]
     for stage, samples in dict.fromkeys(work[:2] for works in runs.values() for work in works if work[1]):
@@ -170,6 +192,7 @@ def report(peak: float = PEAK, utilisation: float = UTILISATION) -> str:
         shares += [(stage, f"{samples}", *(f"{n:,}" for n in calls), *(f"{max(g - samples, 0)}" for g in GPUS[1:]))]
     row, descent, polished = reduced_bytes(10)
     notes = f"""\
+An RTX 4090 is taken to reach that share of {CONSUMER:g} TFLOP/s; what its 24 GB do not hold is offloaded or quantised.
 Hours = sum over stages (calls x ceil(samples / GPUs)) x evaluations a call x FLOPs / {peak:g}e12 / {utilisation} / 3600
 More than {most} processes are refused at these settings; the columns of {GPUS[-1]} GPUs ignore that.
 At 10 calls processes sum {row} bytes for the last row, {descent} for a gradient, {polished:,} for a polish iteration.

@@ -92,7 +92,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as output:
         config = SearchConfig(
             pretrained_model_name_or_path=str(model(given.family)), output_dir=output, nfe=[given.nfe],
-            guidance_scale=GUIDANCE, **more,
+            guidance_scale=GUIDANCE, effort="full", **more,
         )  # fmt: skip
         setup = Setup(config, Accelerator())
         problem = setup.problem()

@@ -32,7 +32,7 @@ def measured(family: str, folder: Path) -> dict[str, dict[str, float]]:
     """Test mse by solver and guidance scale of the run, the best of UniPC and DPM-Solver++(2M) among them."""
     base = SearchConfig(
         pretrained_model_name_or_path=str(model(family)), output_dir=str(folder), nfe=[NFE], fill_nfe=[],
-        teacher_steps=TEACHER_STEPS, starts=1,
+        teacher_steps=TEACHER_STEPS, starts=1, effort="full",
     )  # fmt: skip
     single = {f"{scale:g}": folder / f"{family}-{scale:g}" for scale in SCALES}
     for scale, output in single.items():

@@ -54,7 +54,7 @@ def worker(output: str) -> None:
         search_setup.teacher_trajectory = timed("teacher", search_setup.teacher_trajectory)
         run_module.METHODS["closed_form"] = timed("search", run_module.METHODS["closed_form"])
         model = {"pretrained_model_name_or_path": str(MODEL), "output_dir": output}
-        run_module.run(SearchConfig(**model, nfe=[3], fill_nfe=[], **SETTINGS), accelerator)
+        run_module.run(SearchConfig(**model, nfe=[3], fill_nfe=[], effort="full", **SETTINGS), accelerator)
         if accelerator.is_main_process:
             print(json.dumps({"processes": accelerator.num_processes, "seconds": spent}))
 

@@ -1,12 +1,13 @@
 """`make bench-search`: what a search costs and brings, beside the paper's recipe and diffusers' own schedulers.
 
-On the embedded models, for each seed: the default `closed_form`, going on by `--method gradient` for the first
---gradient-seeds, and `--method paper` for the first --paper-seeds (Algorithm 1 and 2, fewer samples than the paper's).
-Whenever a run improves on itself its solver is tried on test samples that no search has seen; that is not counted in
-its network evaluations, the teacher is. Every finished run is kept under --output, so that a killed benchmark goes
-on. Prints tables, draws curves.png, writes bench_search.json. `--ablation` measures what each choice of the default
-brings, `--memory` the peak memory of a polish and of a gradient at several step counts, `--precision` what bfloat16
-costs; `--update` puts the tables into their documents and what they are made of into search/results/.
+On the embedded models, for each seed: `closed_form` with effort full (the default one is in `tests.bench.quick`), going
+on by `--method gradient` for the first --gradient-seeds, and `--method paper` for the first --paper-seeds (Algorithm 1
+and 2, fewer samples than the paper's). Whenever a run improves on itself its solver is tried on test samples that no
+search has seen; that is not counted in its network evaluations, the teacher is. Every finished run is kept under
+--output, so that a killed benchmark goes on. Prints tables, draws curves.png, writes bench_search.json. `--ablation`
+measures what each choice of the thorough search brings, `--memory` the peak memory of a polish and of a gradient at
+several step counts, `--precision` what bfloat16 costs; `--update` puts the tables into their documents and what they
+are made of into search/results/.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ BETTER = 0.95  # of the training error: an improvement that is worth a look at t
 SETTINGS: dict[str, dict[str, Any]] = {
     "one start": {},
     "two starts": {"starts": 2},
-    "four starts, the default": {"starts": 4},
+    "four starts": {"starts": 4},
     "no polish": {"polish": 0},
     "polish 1": {"polish": 1},
     "polish 4": {"polish": 4},
@@ -214,7 +215,7 @@ def searched(family: str, test: Test, folder: Path, nfes: Sequence[int], **setti
     shutil.copytree(shared, folder / "cache", copy_function=os.link)
     config = SearchConfig(
         pretrained_model_name_or_path=str(model(family)), output_dir=str(folder), nfe=list(nfes), fill_nfe=[],
-        guidance_scale=GUIDANCE, **settings,
+        guidance_scale=GUIDANCE, effort="full", **settings,
     )  # fmt: skip
     began = time.perf_counter()
     search = Watched(test)

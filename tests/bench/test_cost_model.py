@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
+from dssolver_search.methods import check, gauss_newton
 from dssolver_search.methods import search as run_module
 from dssolver_search.methods.closed_form import fit
 from dssolver_search.methods.gauss_newton import Polish, parametrised
@@ -88,6 +89,7 @@ RUNS = {
     "starts": {**FEW, "nfe": [3], "fill_nfe": [], "polish": 0, "starts": 3},
     "few": {**FEW, "nfe": [4], "fill_nfe": [2, 4]},
     "gradient": {**FEW, "method": "gradient", "nfe": [2], "fill_nfe": [], "gradient_calls": 3},
+    "quick": {**FEW, "effort": "quick", "nfe": [4, 5], "fill_nfe": [3, 6], "num_polish_samples": 2, "polish": 1},
     "paper": {**PAPER, "num_generated_samples": 9, "validation_steps": 2, "teacher_steps": 10},
 }  # fmt: skip
 
@@ -95,16 +97,20 @@ RUNS = {
 @pytest.mark.parametrize("run", RUNS)
 def test_formulas_are_what_searches_count(run, model, tmp_path, monkeypatch):
     monkeypatch.setattr(run_module, "preflight", told("full"))  # not counted
+    monkeypatch.setattr(check, "CLEAR", 0.0)  # no doubt is left
+    monkeypatch.setattr(check, "FEW", 2)
+    monkeypatch.setattr(cost_model, "FEW", 2)
+    monkeypatch.setattr(gauss_newton, "IN_TURN", (0.1,))
     config = SearchConfig("model", "folder", **RUNS[run])
     search(model, tmp_path, RUNS[run])
     state = json.loads((tmp_path / "search_state.json").read_text())
     if config.method == "gradient":  # it may end early, or in the midst of a line search
         config = dataclasses.replace(config, gradient_calls=sum("loss" in line for line in lines_of(tmp_path)))
     wanted = busiest(cost_model.search(config))
-    for n in config.nfe:
-        mse = {stage["stage"]: stage["validation_mse"] for stage in state["solvers"][str(n)].get("stages", [])}
+    for n, entry in state["solvers"].items():
+        mse = {stage["stage"]: stage["validation_mse"] for stage in entry.get("stages", [])}
         if "polish" in mse and mse["polish"] == mse["closed_form"]:  # not kept: it arrived nowhere
-            wanted -= n * config.num_train_samples
+            wanted -= int(n) * min(config.num_polish_samples, config.num_train_samples)
     assert state["network_evaluations"] == 2 * wanted
     samples = config.num_validation_samples + (config.num_train_samples if config.method != "paper" else 0)
     states = [load_file(file)["states"] for file in (tmp_path / "cache").iterdir()]
@@ -112,10 +118,10 @@ def test_formulas_are_what_searches_count(run, model, tmp_path, monkeypatch):
 
 
 def test_a_table_by_hand():
-    """Defaults, 5 calls: 40 trials from the best start, 20 from each of three others, whose best are fitted again, as
+    """In full, 5 calls: 40 trials from the best start, 20 from each of three others, whose best are fitted again, as
     are five of the best start's and one with two ridges; seven are judged; two polish iterations over 4 step sizes, 10
     corrections, 5 times."""
-    config = SearchConfig("model", "folder", nfe=[5], fill_nfe=[])
+    config = SearchConfig("model", "folder", nfe=[5], fill_nfe=[], effort="full")
     differences = 4 * 4 + (1 * 3 + 2 * 2 + 3 * 1) + (5 + 4 + 3 + 2 + 1)
     train = 1 + (3 + 7) * 4 + (4 + differences) + (5 + differences) + 5
     held_out = 1 + 7 * 4 + 2 * 3 * 5
@@ -135,7 +141,7 @@ def test_the_busiest_gpu(gpus, calls):
 
 
 def test_more_processes_than_held_out_samples_are_refused():
-    config = SearchConfig("model", "folder")
+    config = SearchConfig("model", "folder", effort="full")
     check_shares(config, 32)
     with pytest.raises(ValueError, match="each needs one"):
         check_shares(config, 33)
@@ -168,17 +174,19 @@ def test_the_document_holds_the_report(sizes, monkeypatch):
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     sdxl = next(row for row in cells if row[0] == "SDXL")
     seconds = sum(sizes["SDXL"][1].values()) / (989e12 * 0.4)
-    # 201 states of 4 x 128 x 128 float32 for 96 samples; 9 + 45 + 10 differences of 64 samples
-    cache, jacobian = 201 * 4 * 128**2 * 4 * 96 / 1e9, 64 * 64 * 4 * 128**2 * 4 / 1e9
+    # 51 states of 4 x 128 x 128 float32 for 64 samples; 9 + 45 + 10 differences of 7 samples
+    cache, jacobian = 51 * 4 * 128**2 * 4 * 64 / 1e9, 7 * 64 * 4 * 128**2 * 4 / 1e9
     assert sdxl[-3:] == [f"{seconds:.3f}", f"{cache:.1f} GB", f"{jacobian:.1f} GB"]
-    closed = next(row for row in cells if row[:2] == ["SDXL", "closed_form"])
-    works = cost_model.search(SearchConfig("model", "folder", nfe=[5, 6, 8, 10]))
-    assert closed[2:4] == [f"{2 * busiest(works):,}", f"{2 * busiest(works) * seconds / 3600:.3g}"]
-    once = sum(calls for _, _, calls in works)  # 512: each stage's calls once
-    assert closed[-2:] == [f"{2 * once * seconds / 3600:.3g}", f"{1 - busiest(works) / (512 * once):.0%}"]
-    calls = 2 + 3 + 4 + 5 + 7 + 9  # at 3 to 6, 8 and 10 calls, after the first one
-    fits = [6 + (40 + 3 * 20) * calls, 6 + (3 + 7) * calls]
-    assert ["trial fits", "32", f"{fits[0]:,}", f"{fits[0]:,}", "0", "0", "0", "480"] in cells
-    assert ["final fits", "64", f"{fits[1]:,}", f"{fits[1]:,}", "0", "0", "0", "448"] in cells
-    assert "More than 32 processes are refused" in text
+    for name, effort in (("closed_form", "quick"), ("closed_form, effort full", "full")):
+        found = next(row for row in cells if row[:2] == ["SDXL", name])
+        works = cost_model.search(SearchConfig("model", "folder", nfe=[5, 6, 8, 10], effort=effort))
+        minutes = 2 * busiest(works) * seconds / 60
+        assert found[2:5] == [f"{2 * busiest(works):,}", f"{minutes * 989 / 165.2:,.0f}", f"{minutes:,.0f}"]
+        once = sum(calls for _, _, calls in works)  # 512: each stage's calls once
+        assert found[-2:] == [f"{2 * once * seconds / 3600:.3g}", f"{1 - busiest(works) / (512 * once):.0%}"]
+    quick = 6 + 8 * (2 + 3 + 4 + 5 + 7 + 9)  # eight trials at 3 to 6, 8 and 10 calls, after the first one
+    assert ["trial fits", "10", f"{quick:,}", "0", f"{quick:,}", "0", "0", "22", "502"] in cells
+    calls = 2 + 3 + 4 + 5 + 7 + 9
+    assert ["final fits", "64", "0", f"{6 + (3 + 7) * calls:,}", "0", "0", "0", "0", "448"] in cells
+    assert "More than 10 processes are refused" in text
     assert report(peak=2 * 989)[:50] == text[:50] and report(peak=2 * 989) != text

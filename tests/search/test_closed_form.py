@@ -12,12 +12,15 @@ from hypothesis import strategies as st
 
 from diffusers_dssolver import SolverSpec
 from diffusers_dssolver.paths import FlowPath
-from dssolver_search.methods import closed_form
-from dssolver_search.methods.closed_form import Fits, RowFit, fit, search_step_warp, validated, warped_nodes
-from dssolver_search.methods.gauss_newton import DAMPINGS, Polish, parametrised, polish
+from dssolver_search.methods import check, closed_form, gauss_newton, prior
+from dssolver_search.methods.closed_form import Fits, RowFit, fit, search_near, search_step_warp, validated
+from dssolver_search.methods.gauss_newton import DAMPINGS, IN_TURN, Polish, parametrised, polish
 from dssolver_search.methods.log import Log
-from dssolver_search.methods.problem import DECIMALS
-from dssolver_search.pipeline.plan import Plan
+from dssolver_search.methods.prior import starts
+from dssolver_search.methods.problem import DECIMALS, Samples
+from dssolver_search.pipeline.plan import Plan, warped_nodes
+from dssolver_search.teacher.trajectories import WARPS as TEACHER_WARPS
+from dssolver_search.teacher.trajectories import TeacherTrajectory
 from tests.families import WARP, Recording, both, make_path, searched
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torchvision.*")
@@ -304,3 +307,137 @@ def test_polish_lowers_the_held_out_error_or_leaves_the_candidate_alone(family):
     assert better.spec.timesteps is not None
     unbeatable = dataclasses.replace(found, validation_mse=0.0)
     assert polish(problem, unbeatable, numbers, 1) is unbeatable
+
+
+# --- the quick search -------------------------------------------------------------------------------------------------
+
+
+def test_a_quick_search_begins_with_what_is_known():
+    """The nearest step count's warp, the other models' between their step counts, and the teacher's."""
+    path = FlowPath()
+    known = {"5": {"warp": [1.0, 2.0, 3.0]}, "7": {"warp": [0.1, 0.2, 0.3]}, "9": {"source": "classical"}}
+    found = starts(path, 6, known)
+    assert found[0] == (1.0, 2.0, 3.0) and starts(path, 8, known)[0] == (0.1, 0.2, 0.3)
+    clothes = prior.WARPS["flow"]["clothes"]
+    assert found[1] == pytest.approx([(2 * a + b) / 3 for a, b in zip(clothes[5], clothes[8], strict=True)])
+    assert found[-1] == TEACHER_WARPS["flow"] and starts(make_path("vp"), 6, {})[-1] == TEACHER_WARPS["vp"]
+    assert starts(path, 3, {}) == starts(path, 5, {}) and len(found) == len(starts(path, 6, {})) + 1
+
+
+@both
+def test_a_quick_search_tries_near_the_best_of_its_starts(family):
+    problem, log = dataclasses.replace(searched(family), num_trial_samples=2), Trials()
+    near = [(2.0, 0.0, 0.0), (0.0, 0.0, 0.0)]
+    found = search_near(Fits(problem, 3, log), 6, 1e-4, near)
+    best = min(log.seen[:2], key=lambda c: c.train_mse).step_warp
+    steps = [tuple(np.add(best, step)) for step in 0.4 * np.eye(3)]
+    assert [c.step_warp for c in log.seen[:5]] == [*near, *steps] and len(log.seen) == 6 + 1
+    taken = min(log.seen[:6], key=lambda c: c.train_mse).step_warp
+    assert found.step_warp == taken and found.spec == fit(problem, 3, taken, 1e-4, problem.train).spec
+    torch.testing.assert_close(found.errors.mean().item(), problem.score(found.plan))
+
+
+def test_what_is_not_affordable_is_left_out():
+    """The start's own fit remains; a budget of two trials makes two."""
+    problem = searched("flow")
+    a_trial = 2 * 4 * (3 - 1)
+
+    class Poor(Trials):
+        def __init__(self, budget):
+            super().__init__()
+            self.budget = budget
+
+        def affords(self, evaluations):
+            return evaluations <= self.budget
+
+    for budget, trials in ((a_trial - 1, 0), (2 * a_trial, 2)):
+        log = Poor(budget)
+        found = search_near(Fits(problem, 3, log), 6, 1e-4, [WARP, (0.0, 0.0, 0.0), (1.0, 0.0, 0.0)])
+        assert len(log.seen) == trials + 1 and found.validation_mse > 0
+    assert found.step_warp in (WARP, (0.0, 0.0, 0.0))
+    polished = polish(problem, found, parametrised(problem, found), 1, quick=True, affords=Poor(0).affords)
+    assert polished is found
+
+
+def test_a_quick_polish_takes_the_first_damping_that_helps_and_stops_when_little_is_won(monkeypatch):
+    problem = searched("vp")
+    found = validated(problem, fit(problem, 4, (0.0, 0.0, 0.0), 1e-4, problem.train))
+    numbers, calls, sampler = parametrised(problem, found), [], problem.student.sampler
+
+    def better(iterations):
+        calls.clear()
+        return polish(problem, found, numbers, iterations, lambda: calls.append(0), quick=True)
+
+    first = polish_of(problem, found).steps(torch.zeros(numbers.count, dtype=torch.float64), dampings=IN_TURN)[0]
+    assert problem.score(polish_of(problem, found).plan(first)) < found.validation_mse
+    before = sampler.network_evaluations
+    one = better(1)
+    moved = sum(4 - shared for shared in numbers.shared_calls)
+    # where it stands but for the known first call, its differences, one damping held out, where it arrived
+    assert sampler.network_evaluations - before == 2 * 4 * (3 + moved + 4 + 4)
+    assert one.errors is not None and one.validation_mse == pytest.approx(problem.score(one.plan), rel=1e-9)
+    monkeypatch.setattr(gauss_newton, "WORTH", 1e-9)
+    assert better(3).spec == one.spec and len(calls) == numbers.count
+    monkeypatch.setattr(gauss_newton, "WORTH", 1.0)
+    assert better(2).validation_mse < one.validation_mse and len(calls) == 2 * numbers.count
+
+
+# --- the last check ---------------------------------------------------------------------------------------------------
+
+
+def judged(problem, errors, theirs, few, monkeypatch, thorough=False):
+    """What the check says of a solver with these errors; the classical one has `theirs`."""
+    monkeypatch.setattr(check, "FEW", few)
+    asked = []
+
+    def each(samples, plan):
+        asked.append((len(samples), plan.order))
+        return torch.tensor(theirs[: len(samples)], dtype=torch.float64)
+
+    monkeypatch.setattr(problem, "each", each)
+    entry = check.checked(problem, {"mine": 1}, Plan(warped_nodes(WARP, 3), order=3), errors, thorough)
+    return entry, asked
+
+
+@pytest.mark.parametrize(
+    "errors, accepted", [([1.0, 1, 1, 1], True), ([2.0, 2, 2, 2.6], False), ([0.1, 0.1, 0.1, 3], False)]
+)
+def test_a_solver_must_be_better_by_mean_and_by_tail(errors, accepted, monkeypatch):
+    problem = dataclasses.replace(searched("flow"))
+    entry, asked = judged(problem, torch.tensor(errors).double(), [2.0, 2, 2, 2.5], 2, monkeypatch, thorough=True)
+    assert asked == [(4, 1), (4, 2), (4, 3)]
+    assert ("mine" in entry) == accepted == (entry.get("source") != "classical")
+    assert entry["classical_mse"] == pytest.approx(2.125) and entry["held_out"] == 4
+    if not accepted:
+        assert entry["nodes"] and entry["rejected"] == {"closed_form": pytest.approx(sum(errors) / 4)}
+        assert entry["validation_mse"] == entry["classical_mse"] and entry["ratio"] == 1
+
+
+def test_a_clear_advantage_is_seen_on_a_few_samples(monkeypatch):
+    problem = dataclasses.replace(searched("flow"))
+    mine = torch.tensor([0.1, 0.1, 0.1, 0.1]).double()
+    entry, asked = judged(problem, mine, [2.0] * 4, 2, monkeypatch)
+    assert asked == [(2, 2)] and entry["held_out"] == 4 and entry["ratio"] == pytest.approx(0.05)
+    with monkeypatch.context() as patch:
+        entry, asked = judged(dataclasses.replace(problem), mine * 12, [2.0] * 4, 2, patch)
+        assert asked == [(2, 2), (4, 1), (4, 2), (4, 3)] and "mine" in entry
+    _, asked = judged(problem, None, [2.0] * 4, 2, monkeypatch)
+    assert asked == [(2, 3), (2, 2), (4, 3), (4, 1), (4, 2), (4, 3)]  # its own errors first
+
+
+@both
+def test_errors_of_each_sample_are_the_same_over_processes(family):
+    problem = searched(family)
+    plan = Plan(warped_nodes(WARP, 3))
+    whole = problem.each(problem.validation, plan)
+    assert float(whole.mean()) == pytest.approx(
+        problem.mean_square(problem.errors(problem.validation, plan)), rel=1e-12
+    )
+    part = problem.validation
+    odd = Samples(part.split, part.indices[1::2], TeacherTrajectory(part.teacher.angles, part.teacher.states[:, 1::2]))
+    shard = dataclasses.replace(problem, validation=odd, reduce=lambda mine: mine * 2 if mine.ndim == 0 else mine)
+    mine = shard.each(shard.validation, plan)
+    torch.testing.assert_close(mine[1::2], whole[1::2], rtol=1e-9, atol=0)
+    assert not mine[::2].any() and len(mine) == 4
+    assert [len(odd.below(n)) for n in (0, 1, 2, 4)] == [0, 0, 1, 2]
+    assert problem.cost(problem.validation, 3) == 2 * 4 * 3

@@ -12,8 +12,7 @@ from accelerate import Accelerator
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dssolver_search.cli import main
-from dssolver_search.measure import lineup
-from dssolver_search.methods import setup
+from dssolver_search.pipeline import model
 from dssolver_search.pipeline.loading import freeze
 from tests.families import make_pipe
 from tests.problems import Metal
@@ -36,8 +35,7 @@ def on(device):
     pipe = freeze(make_pipe("vp")).to(device)
     with (
         mock.patch.object(Accelerator, "device", torch.device(device)),
-        mock.patch.object(setup, "load_pipeline", return_value=pipe),
-        mock.patch.object(lineup, "load_pipeline", return_value=pipe),
+        mock.patch.object(model, "load_pipeline", return_value=pipe),
         sdpa_kernel(SDPBackend.MATH),  # of which no device has one of its own
     ):
         yield

@@ -144,16 +144,17 @@ def evaluations(config, guided, gpus=1):
 def cost(name, config):
     """The lines that a header has of it."""
     system = SYSTEMS[name]
-    first = f"# Cost: {evaluations(config, system.guided):,} evaluations at most, by formula"
+    first = f"# Cost: {evaluations(config, system.guided):,} evaluations by formula"
     if system.tflops is None:
         return [f"{first}."]
     peak, share = PEAKS[config.dtype], cost_model.UTILISATION
     seconds = system.tflops / (share * peak)
-    hours = [f"{evaluations(config, system.guided, gpus) * seconds / 3600:.2g} h" for gpus in (1, 8)]
+    hours = [evaluations(config, system.guided, gpus) * seconds / 3600 for gpus in (1, 8)]
+    times = [f"{h:.2g} h" if h >= 1 else f"{60 * h:.2g} min" for h in hours]
     at = f"{share:.0%} of {peak:g} TFLOP/s ({config.dtype})"
     return [
         f"{first}, of {system.tflops:g} TFLOPs, counted;",
-        f"#   estimated {hours[0]} on one H100, {hours[1]} on eight, at {at}.",
+        f"#   estimated {times[0]} on one H100, {times[1]} on eight, at {at}.",
     ]
 
 

@@ -224,7 +224,7 @@ class Study:
         source = str(study_models.folder(self.models, model))
         return SearchConfig(
             pretrained_model_name_or_path=source, output_dir=folder, seed=seed, nfe=list(nfe), fill_nfe=[],
-            guidance_scale=guidance, **settings,
+            guidance_scale=guidance, effort="full", **settings,
         )  # fmt: skip
 
     # --- work --------------------------------------------------------------------------------------------------------
