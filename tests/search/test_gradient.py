@@ -321,7 +321,7 @@ def test_command_keeps_each_stage_only_if_it_is_better_and_says_what_it_cost(mod
 
 
 def told(verdict):
-    def preflight(student, gradients):
+    def preflight(student, gradients, samples):
         return Preflight("P", 1, "none", 1, {}, 0, 0, 0, verdict, "the reason")
 
     return preflight
