@@ -234,8 +234,9 @@ def test_it_runs(name, tmp_path, monkeypatch):
     found = sampled(pipe, settings, scheduler, system)
     plain = sampled(pipe, settings, DSSolverScheduler.from_config(pipe.scheduler.config, solvers="classical"), system)
     assert found.isfinite().all() and found.shape == plain.shape
-    assert (found - plain).abs().max() > 1e-3
     state = json.loads((tmp_path / "out" / "search_state.json").read_text())
+    refused = state["solvers"][str(NFE)].get("source") == "classical"  # by the last check
+    assert refused or (found - plain).abs().max() > 1e-3
     mse = {stage["stage"]: stage["validation_mse"] for stage in state["solvers"][str(NFE)]["stages"]}
     kept = mse["polish"] != mse["closed_form"]  # one that arrived nowhere is not run again
     spared = 0 if kept else system.guided * NFE * settings.num_train_samples
