@@ -53,7 +53,8 @@ def checked(problem: Problem, entry: Entry, plan: Plan, errors: Tensor | None, t
         return {**entry, **facts}
     rejected = {"rejected": {entry.get("source", "closed_form"): facts["validation_mse"]}, "source": "classical"}
     theirs_alone = {"validation_mse": facts["classical_mse"], "validation_tail": facts["classical_tail"], "ratio": 1.0}
-    return {**best, **facts, **theirs_alone, **rejected}
+    how = {k: entry[k] for k in ("warp", "ridge") if k in entry}  # other step counts begin there
+    return {**best, **how, **facts, **theirs_alone, **rejected}
 
 
 def _tail(errors: Tensor) -> Tensor:

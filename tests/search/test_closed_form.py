@@ -395,7 +395,9 @@ def judged(problem, errors, theirs, few, monkeypatch, thorough=False):
         return torch.tensor(theirs[: len(samples)], dtype=torch.float64)
 
     monkeypatch.setattr(problem, "each", each)
-    entry = check.checked(problem, {"mine": 1}, Plan(warped_nodes(WARP, 3), order=3), errors, thorough)
+    entry = check.checked(
+        problem, {"mine": 1, "warp": [1.0, 0.0, 0.0]}, Plan(warped_nodes(WARP, 3), order=3), errors, thorough
+    )
     return entry, asked
 
 
@@ -409,6 +411,7 @@ def test_a_solver_must_be_better_by_mean_and_by_tail(errors, accepted, monkeypat
     assert ("mine" in entry) == accepted == (entry.get("source") != "classical")
     assert entry["classical_mse"] == pytest.approx(2.125) and entry["held_out"] == 4
     if not accepted:
+        assert entry["warp"] == [1.0, 0.0, 0.0]  # other step counts begin there
         assert entry["nodes"] and entry["rejected"] == {"closed_form": pytest.approx(sum(errors) / 4)}
         assert entry["validation_mse"] == entry["classical_mse"] and entry["ratio"] == 1
 

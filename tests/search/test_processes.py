@@ -21,7 +21,14 @@ from dssolver_search.storage import read_record
 from tests.search.forks import Forks, free_port
 from tests.searches import arguments, without_clock
 
-COMMON = {"guidance_scale": 1.5, "dtype": "float64", "num_validation_samples": 5, "teacher_steps": 6, "seed": 1}
+COMMON = {
+    "effort": "full",
+    "guidance_scale": 1.5,
+    "dtype": "float64",
+    "num_validation_samples": 5,
+    "teacher_steps": 6,
+    "seed": 1,
+}
 # no number of samples is a multiple of the number of processes; one update leaves a process idle; every process has
 # training samples that are no trial samples, else it would save their first calls
 SEARCHES = {
@@ -104,7 +111,7 @@ def test_several_processes_find_the_same_solver(method, runs):
         for row, wanted_row in zip(found["coefficients"], wanted["coefficients"], strict=True):
             assert farthest(row, wanted_row) < TOLERANCE
     if method == "closed_form":
-        assert "timesteps" in one["solvers"]["3"]  # polished
+        assert any("timesteps" in solver for solver in one["solvers"].values())  # polished
 
 
 def test_equals_are_told_apart_by_no_rounding():
