@@ -89,7 +89,8 @@ def shrunk(settings: SearchConfig, affordable: float, per_call: float) -> dict[s
             return changed
         for name, most in rung.items():
             most = max(most, 2 * max(settings.nfe)) if name == "teacher_steps" else most
-            if getattr(settings, name) > most:
+            used = name != "gradient_calls" or settings.method == "gradient"
+            if used and getattr(settings, name) > most:
                 changed[name] = most
     least = cost(replace(settings, **changed), settings.nfe[:1])
     if least > affordable:

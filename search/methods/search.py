@@ -17,10 +17,11 @@ from ..teacher.convergence import CONVERGENCE_SAMPLES, Convergence, convergence
 from .budget import fit_cost, search_cost
 from .check import Entry, classical
 from .closed_form import closed_form
-from .fill import fill, judged
+from .fill import entry_of, fill, judged
 from .gradient import gradient
 from .log import Log
 from .paper import paper
+from .perceptual import MOST_CALLS
 from .preflight import preflight
 from .problem import Candidate, Problem
 from .record import Record, how_to_go_on
@@ -146,7 +147,11 @@ def _find(
         record.log.begin()
         problem.run_together(record.setup.batch_size)
         found = make(nfe)
-        entry = judged(problem, found, record.setup.settings) if isinstance(found, Candidate) else found
+        if isinstance(found, Candidate):
+            seen = problem.perceptual and kind == SEARCHED and nfe <= MOST_CALLS  # judged by its images, not its states
+            entry = entry_of(found) if seen else judged(problem, found, record.setup.settings)
+        else:
+            entry = found
         if "classical_mse" not in entry:
             entry["classical_mse"] = classical(problem, nfe)[0]["validation_mse"]
         return entry

@@ -604,7 +604,7 @@ def kinds(book):
 
 
 def test_the_notebook_runs_as_stored(tmp_path, monkeypatch):
-    smaller = [("BUDGET = 20000", "BUDGET = 4000"), ("num_samples=4", "num_samples=2"), ("steps=100", "steps=10")]
+    smaller = [("BUDGET = 20000", "BUDGET = 2500"), ("num_samples=4", "num_samples=2"), ("steps=100", "steps=10")]
     found = notebook.executed(tmp_path, *smaller)
     stored = json.loads(notebook.FILE.read_text(encoding="utf-8"))
     assert kinds(found) == kinds(stored) and sum(map(bool, kinds(found))) == 4
