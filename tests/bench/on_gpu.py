@@ -141,7 +141,7 @@ def searched(given: argparse.Namespace) -> dict[str, Any]:
     began = clock(transformer.x_embedder.weight)
     search(
         pipe, nfe=[5], conditions=conditions, height=edge, width=edge, output_type="latent", guidance_scale=3.5,
-        fill_nfe=[], batch_size=4,
+        fill_nfe=[], batch_size=4, **({"budget": 2000} if given.small else {}),
     )  # fmt: skip
     seconds = clock(transformer.x_embedder.weight) - began
     hook.remove()
