@@ -14,8 +14,8 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers_dssolver import DSSolverScheduler, SolverSpec
 from diffusers_dssolver.carry import carried
 from diffusers_dssolver.config import OWN_KEYS
-from diffusers_dssolver.derive import warp
-from diffusers_dssolver.paths import make_betas
+from diffusers_dssolver.derive import classical, warp
+from diffusers_dssolver.paths import FlowPath, make_betas
 from tests.runtime.test_scheduler import SD_CONFIG, assert_close, make_solvers, make_table, noise, run
 
 FLOW = {"prediction_type": "flow_prediction"}
@@ -310,3 +310,15 @@ def test_nodes_that_fall_together_are_refused():
     there = DSSolverScheduler(**KINDS["linear"], solvers={"3": table}, carried_from=home("continuous"))
     with pytest.raises(ValueError, match="nodes of the table for 3 steps fall together on this model"):
         there.set_timesteps(3)
+
+
+def test_a_table_is_shown_at_the_shift_that_it_was_searched_at():
+    """Of a model whose shift is not known before a run."""
+    spec = classical([1.0, 0.9, 0.6, 0.0], FlowPath())
+    options = {"prediction_type": "flow_prediction", "use_dynamic_shifting": True}
+    scheduler = DSSolverScheduler(
+        **options, solvers={"3": spec.to_dict()}, searched_shift={"factor": 3.0, "terminal": None}
+    )
+    torch.testing.assert_close(scheduler.course(3).nodes, torch.tensor(spec.nodes, dtype=torch.float64))
+    scheduler.set_timesteps(3, mu=1.0)  # a run has its own
+    assert scheduler.sigmas[1] < 0.9
